@@ -1,0 +1,285 @@
+//! The record: what a store holds for a key, and the response inside it.
+//!
+//! Both are formats. A process of the next release reads what this one wrote, and the other way
+//! round while the two run side by side; what is newer or damaged is refused, never replayed and
+//! never deleted.
+
+use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::{
+    decision::Seen,
+    key::{Key, OperationId, ScopeDigest, Token},
+};
+
+/// The version of the record that this release writes, and the newest that it reads.
+pub const FORMAT: u16 = 1;
+
+/// How long something lasts: a span of time, or for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ttl {
+    /// This long, to the millisecond.
+    For(Duration),
+    /// Without an end.
+    Forever,
+}
+
+impl Ttl {
+    /// Whether no time is left.
+    pub const fn is_over(&self) -> bool {
+        matches!(self, Self::For(Duration::ZERO))
+    }
+}
+
+impl From<Duration> for Ttl {
+    fn from(duration: Duration) -> Self {
+        Self::For(duration)
+    }
+}
+
+/// What has become of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// The server handed the key out; nothing has used it yet.
+    Issued,
+    /// An owner holds the claim, or held it until its lease ended.
+    Running,
+    /// An owner gave the claim up without saying whether its effect happened.
+    Released,
+    /// The answer is recorded.
+    Completed,
+}
+
+/// Facts about a record that are one bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flags(u16);
+
+impl Flags {
+    /// Nothing special.
+    pub const NONE: Self = Self(0);
+    /// A completed record whose response could not be kept.
+    pub const TOMBSTONE: Self = Self(1);
+    /// A key that the server handed out: its validity counts from then, and neither a claim nor a
+    /// completion moves it.
+    pub const ISSUED: Self = Self(1 << 1);
+
+    /// Flags from their bits, as a store reads them back.
+    pub const fn from_bits(bits: u16) -> Self {
+        Self(bits)
+    }
+
+    /// The bits.
+    pub const fn bits(self) -> u16 {
+        self.0
+    }
+
+    /// Whether all flags of `other` are set here too.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// The digest of what makes two requests "the same request", and how it was computed.
+///
+/// Two fingerprints can be compared only under one scheme: a record is compared under the scheme
+/// that it carries, whatever the handler's policy has become since.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// The scheme's text, as [`FingerprintScheme`](crate::FingerprintScheme) prints it. At most
+    /// 1,024 bytes.
+    pub scheme: Cow<'static, str>,
+    /// The digest under that scheme.
+    pub digest: [u8; 32],
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, ..] = self.digest;
+        write!(f, "Fingerprint({}, {a:02x}{b:02x}{c:02x}{d:02x}…)", self.scheme)
+    }
+}
+
+/// What a store holds for a key, with its times relative to the store's own now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// What it is found by.
+    pub key: Key,
+    /// Whose it is.
+    pub scope: ScopeDigest,
+    /// Method and route in plain text, for people.
+    pub operation: Arc<str>,
+    /// The identity of the logical operation, through all its attempts.
+    pub operation_id: OperationId,
+    /// What has become of it.
+    pub state: State,
+    /// What the request was.
+    pub fingerprint: Fingerprint,
+    /// Who claimed it last.
+    pub token: Token,
+    /// How many claims on it have been granted, the first being 1.
+    pub attempt: u32,
+    /// What is left of the lease; zero unless it is running and the lease is alive.
+    pub lease_left: Duration,
+    /// For how long it may still be used.
+    pub valid_left: Ttl,
+    /// For how long it is still kept; never shorter than its validity and its lease.
+    pub kept_left: Ttl,
+    /// How long ago it was made.
+    pub age: Duration,
+    /// The version of the format that it was written in.
+    pub format: u16,
+    /// One-bit facts.
+    pub flags: Flags,
+    /// What the state carries: a completed record's response.
+    pub payload: Bytes,
+}
+
+impl Record {
+    /// What the decision needs to know of this record.
+    pub fn seen(&self) -> Seen {
+        let valid = !self.valid_left.is_over();
+        match self.state {
+            State::Issued => Seen::Issued { valid },
+            State::Released => Seen::Released { valid },
+            State::Running => Seen::Running { leased: !self.lease_left.is_zero(), valid },
+            State::Completed => {
+                Seen::Completed { valid, tombstone: self.flags.contains(Flags::TOMBSTONE) }
+            }
+        }
+    }
+}
+
+/// A recorded response: status, headers in order and with repeats, body.
+///
+/// Encoded as a single buffer, of which a replay takes slices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedResponse {
+    /// The HTTP status.
+    pub status: u16,
+    /// Header names in lower case and their values, in order.
+    pub headers: Vec<(Bytes, Bytes)>,
+    /// The whole body.
+    pub body: Bytes,
+}
+
+/// The first byte of a payload that is a response.
+const RESPONSE: u8 = 1;
+
+impl RecordedResponse {
+    /// Writes a response as a record's payload.
+    ///
+    /// ```text
+    /// 1: u8, status: u16, headers: u32, then for each header
+    ///     name length: u32, value length: u32, name, value
+    /// then the body to the end (all numbers big endian)
+    /// ```
+    pub fn encode<'a>(
+        status: u16,
+        headers: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone,
+        body: &[u8],
+    ) -> Bytes {
+        let (count, size) = headers
+            .clone()
+            .fold((0u32, 0), |(count, size), (name, value)| (count + 1, size + 8 + name.len() + value.len()));
+        let mut out = BytesMut::with_capacity(7 + size + body.len());
+        out.put_u8(RESPONSE);
+        out.put_u16(status);
+        out.put_u32(count);
+        for (name, value) in headers {
+            // A header line is far below 4 GiB: every HTTP server bounds the whole head.
+            out.put_u32(name.len() as u32);
+            out.put_u32(value.len() as u32);
+            out.put_slice(name);
+            out.put_slice(value);
+        }
+        out.put_slice(body);
+        out.freeze()
+    }
+
+    /// Reads a record's payload back.
+    ///
+    /// # Errors
+    ///
+    /// [`CorruptPayload`] when the payload is not what [`encode`](Self::encode) writes.
+    pub fn decode(payload: &Bytes) -> Result<Self, CorruptPayload> {
+        let mut rest = payload.clone();
+        if take(&mut rest, 1)?[0] != RESPONSE {
+            return Err(CorruptPayload(()));
+        }
+        let status = u16::from_be_bytes(take_array(&mut rest)?);
+        if !(100..=999).contains(&status) {
+            return Err(CorruptPayload(()));
+        }
+        let count = u32::from_be_bytes(take_array(&mut rest)?) as usize;
+        // Each header takes eight bytes at least, so a wild count allocates nothing.
+        if count > rest.len() / 8 {
+            return Err(CorruptPayload(()));
+        }
+        let mut headers = Vec::with_capacity(count);
+        for _ in 0..count {
+            let name = u32::from_be_bytes(take_array(&mut rest)?) as usize;
+            let value = u32::from_be_bytes(take_array(&mut rest)?) as usize;
+            headers.push((take(&mut rest, name)?, take(&mut rest, value)?));
+        }
+        Ok(Self { status, headers, body: rest })
+    }
+}
+
+fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, CorruptPayload> {
+    if rest.len() < length {
+        return Err(CorruptPayload(()));
+    }
+    Ok(rest.split_to(length))
+}
+
+fn take_array<const N: usize>(rest: &mut Bytes) -> Result<[u8; N], CorruptPayload> {
+    let (head, _) = rest.split_first_chunk::<N>().ok_or(CorruptPayload(()))?;
+    let head = *head;
+    let _ = rest.split_to(N);
+    Ok(head)
+}
+
+/// A record's payload is not a response that this release can read.
+#[derive(Debug, thiserror::Error)]
+#[error("the recorded response is damaged")]
+pub struct CorruptPayload(());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Bytes {
+        let headers: [(&[u8], &[u8]); 3] =
+            [(b"set-x", b"1"), (b"set-x", b"\xff\x00"), (b"content-type", b"text/plain")];
+        RecordedResponse::encode(201, headers.into_iter(), b"\x00body\xff")
+    }
+
+    #[test]
+    fn a_response_survives_with_binary_body_and_repeated_headers_in_order() {
+        let response = RecordedResponse::decode(&sample()).unwrap();
+        assert_eq!(response.status, 201);
+        assert_eq!(response.body, &b"\x00body\xff"[..]);
+        let names: Vec<_> = response.headers.iter().map(|(name, _)| name.as_ref()).collect();
+        assert_eq!(names, [&b"set-x"[..], b"set-x", b"content-type"]);
+        assert_eq!(response.headers[1].1, &b"\xff\x00"[..]);
+    }
+
+    #[test]
+    fn a_head_cut_short_is_corrupt_and_never_a_response() {
+        let whole = sample();
+        let head = whole.len() - b"\x00body\xff".len();
+        for length in 0..head {
+            assert!(RecordedResponse::decode(&whole.slice(..length)).is_err(), "{length}");
+        }
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic() {
+        for _ in 0..20_000 {
+            let bytes: Vec<u8> =
+                (0..rand::random::<u8>() % 40).map(|_| rand::random::<u8>() % 4).collect();
+            let _ = RecordedResponse::decode(&Bytes::from(bytes));
+        }
+    }
+}

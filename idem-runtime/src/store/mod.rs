@@ -1,0 +1,306 @@
+//! Where records live: the [`Store`] trait, its laws, and the stores that come with idem.
+//!
+//! | store | feature | for |
+//! |---|---|---|
+//! | [`MemoryStore`] | – | tests and single processes that may forget at a restart |
+#![cfg_attr(
+    feature = "sqlite",
+    doc = "| [`SqliteStore`] | `sqlite` | one machine: survives restarts and crashes |"
+)]
+
+mod clock;
+mod memory;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+
+use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+
+pub use self::clock::Clock;
+pub use self::memory::{MemoryStore, MemoryStoreBuilder};
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::SqliteStore;
+use crate::{
+    decision::OnUnknown,
+    key::{Key, OperationId, ScopeDigest, Token},
+    record::{Fingerprint, Flags, Record, Ttl},
+};
+
+/// A place where records live, and the only judge of time.
+///
+/// A store speaks of durations relative to its own now. Whether a lease or a record is over is
+/// judged when the record is read, by one clock for all processes that share the store; sweeping
+/// only frees space.
+///
+/// # Laws
+///
+/// Each law is a public test of the same name in the `testing` module (feature `testing`).
+///
+/// Claiming:
+///
+/// 1. `first_claim_wins`: a claim on a key without a record is granted, as attempt 1 and under the
+///    operation id that the claimant proposed.
+/// 2. `one_of_many_racing_claims_wins`: of any number of claims at once, exactly one is granted.
+/// 3. `claiming_twice_with_one_token_is_one_claim`: asking again under the token that holds the
+///    claim is granted again, with the same attempt, and renews the lease.
+/// 4. `a_refused_claim_changes_nothing`: whoever is not granted gets the record as it is.
+/// 5. `a_claim_follows_the_decision`: a claim on an existing record is granted exactly when
+///    [`decide`](crate::decide) says [`Run`](crate::Decision::Run); fingerprints of different
+///    schemes are never the same.
+/// 6. `a_lapsed_lease_is_taken_over`: after the lease's end, and not before, the next claim is
+///    granted, as the next attempt and under the same operation id.
+/// 7. `keys_differ_by_every_bit`: keys are bytes; case, trailing spaces and zeros matter.
+///
+/// Ending a claim:
+///
+/// 8. `a_completed_record_keeps_every_byte`: payload, flags, fingerprint, scope, operation,
+///    operation id and attempt come back as they were written.
+/// 9. `completing_happens_once`: a second completion under the same token is
+///    [`Done`](Written::Done) and changes nothing, since the first one's answer may have been lost;
+///    release and forget after it change nothing either.
+/// 10. `a_late_owner_completes_if_nobody_claimed_since`: the lease's end alone takes nothing away.
+/// 11. `a_fenced_owner_changes_nothing`: under a token that another claim has replaced, completing,
+///     releasing and forgetting answer [`Fenced`](Written::Fenced) with the record as it is.
+/// 12. `a_released_record_keeps_what_it_must`: fingerprint, operation id, attempt and what is left
+///     of its time stay; only the claim is given up.
+/// 13. `a_forgotten_key_starts_afresh`: nothing is left, not even the operation id; ending a claim
+///     on it afterwards answers [`Gone`](Written::Gone).
+/// 14. `a_claim_that_never_was_is_gone`: ending a claim on a key without a record answers
+///     [`Gone`](Written::Gone) and makes none.
+///
+/// Time:
+///
+/// 15. `renewing_extends_only_what_is_held`: many claims at once, each answered for itself; a lapsed
+///     lease that nobody took over is renewed.
+/// 16. `time_to_live_counts_from_completion`: and reading or refusing does not extend it.
+/// 17. `an_unfinished_record_is_kept_for_its_time_to_live`: counted from its last claim, and never
+///     for the lease only; a running record whose lease is alive outlives even that.
+/// 18. `expired_records_are_gone_before_any_sweep`: for readers and for claims.
+/// 19. `for_ever_has_no_end`.
+/// 20. `sweeping_leaves_the_living`: it removes what is over and nothing else, at most as many as
+///     it was told, also when two processes sweep while claims arrive.
+///
+/// Formats:
+///
+/// 21. `a_newer_record_is_refused_and_kept`: a record of a newer format than the caller's is
+///     [`StoreErrorKind::Newer`] to claims and to reads, and stays as it is.
+pub trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Claims a key in one atomic step.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer. The claim may then have been granted all the same: ask again
+    /// with the same token, or release it.
+    fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>>;
+
+    /// Records the answer, under the token that holds the claim.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer. The answer may then have been recorded all the same; it is
+    /// harmless to ask again.
+    fn complete<'a>(
+        &'a self,
+        completion: &'a Completion,
+    ) -> BoxFuture<'a, Result<Written, StoreError>>;
+
+    /// Gives up the claim and keeps the record.
+    ///
+    /// # Errors
+    ///
+    /// As for [`complete`](Self::complete).
+    fn release<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>>;
+
+    /// Removes the record: nothing happened.
+    ///
+    /// # Errors
+    ///
+    /// As for [`complete`](Self::complete).
+    fn forget<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>>;
+
+    /// Extends the leases of many claims, counted from now. The answer says for each, in order,
+    /// whether it is still held.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer; some leases may then have been extended.
+    fn renew<'a>(
+        &'a self,
+        claims: &'a [Renewal],
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>>;
+
+    /// Reads a record without touching it.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer or the record cannot be read.
+    fn read<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Record>, StoreError>>;
+
+    /// Removes at most `limit` records that are no longer kept and says how many it removed.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer.
+    fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>>;
+}
+
+/// A request for a claim.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// The key.
+    pub key: Key,
+    /// Whose it is.
+    pub scope: ScopeDigest,
+    /// Method and route in plain text, for people.
+    pub operation: Arc<str>,
+    /// The operation id that a fresh record gets.
+    pub operation_id: OperationId,
+    /// What the request is.
+    pub fingerprint: Fingerprint,
+    /// The claimant's token.
+    pub token: Token,
+    /// For how long the claim holds without being renewed.
+    pub lease: Duration,
+    /// For how long an unfinished record is kept, counted from now.
+    pub ttl: Ttl,
+    /// What an unknown outcome leads to.
+    pub on_unknown: OnUnknown,
+    /// The newest format that the claimant reads, and the one of a fresh record.
+    pub format: u16,
+}
+
+/// A store's answer to a claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Claimed {
+    /// It is granted. The record is as it now stands: running, under the claimant's token.
+    Granted(Record),
+    /// It is not: this is the record that stands in its way, unchanged.
+    Found(Record),
+}
+
+/// An answer to be recorded.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The key.
+    pub key: Key,
+    /// The token that holds the claim.
+    pub token: Token,
+    /// For how long the answer is valid and kept, counted from now; without effect on a record
+    /// that is [`Flags::ISSUED`].
+    pub ttl: Ttl,
+    /// Flags to set beside those that the record has.
+    pub flags: Flags,
+    /// The answer.
+    pub payload: Bytes,
+    /// The format of the payload.
+    pub format: u16,
+}
+
+/// A store's answer to the end of a claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// It is written, now or by an earlier call of the same kind whose answer was lost.
+    Done,
+    /// It is not: the key is no longer claimed under this token. This is its record, unchanged.
+    Fenced(Record),
+    /// It is not: there is no record.
+    Gone,
+}
+
+/// A lease to extend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Renewal {
+    /// The key.
+    pub key: Key,
+    /// The token that holds the claim.
+    pub token: Token,
+    /// For how long it holds from now.
+    pub lease: Duration,
+}
+
+/// Why a store could not answer: a kind to act on, the store's name and the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("{store}: {kind}")]
+pub struct StoreError {
+    kind: StoreErrorKind,
+    store: &'static str,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl StoreError {
+    /// An error without a deeper cause.
+    pub const fn new(store: &'static str, kind: StoreErrorKind) -> Self {
+        Self { kind, store, source: None }
+    }
+
+    /// An error with its cause.
+    pub fn caused_by(
+        store: &'static str,
+        kind: StoreErrorKind,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self { kind, store, source: Some(source.into()) }
+    }
+
+    /// What kind of failure it is.
+    pub const fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+
+    /// Which store it was.
+    pub const fn store(&self) -> &'static str {
+        self.store
+    }
+}
+
+/// What kind of failure a store met, by what to do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum StoreErrorKind {
+    /// It could not be reached, or the connection broke. Trying again may help.
+    Unreachable,
+    /// It did not answer in time. Trying again may help.
+    TimedOut,
+    /// It is at its bound and takes no new records. Trying again helps once some have expired.
+    Full,
+    /// It answered with a refusal: permissions, a missing table, a broken constraint. A person must
+    /// look.
+    Refused,
+    /// A record is larger than it can hold.
+    TooLarge,
+    /// A record was written by a newer release. It is kept; a newer process can read it.
+    Newer,
+    /// A record cannot be understood. It is kept; a person must look.
+    Corrupt,
+}
+
+impl StoreErrorKind {
+    /// Whether the same call may succeed a moment later.
+    pub const fn is_transient(self) -> bool {
+        matches!(self, Self::Unreachable | Self::TimedOut)
+    }
+}
+
+impl fmt::Display for StoreErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unreachable => "the store cannot be reached",
+            Self::TimedOut => "the store did not answer in time",
+            Self::Full => "the store is full",
+            Self::Refused => "the store refused the call",
+            Self::TooLarge => "the record is too large for the store",
+            Self::Newer => "the record was written by a newer release of idem",
+            Self::Corrupt => "the record is damaged",
+        })
+    }
+}
