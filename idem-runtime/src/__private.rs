@@ -1,0 +1,88 @@
+//! What generated code calls, and nothing else. No part of it is public: the two crates are
+//! released together and may change it at any time.
+
+pub use idem_macros::idempotent;
+
+pub use crate::{
+    anchor::{Anchor, Format, Scope},
+    decision::OnUnknown,
+    fingerprint::FingerprintScheme,
+    http::{
+        Arguments, EngineInExtension, EngineInRouterState, Guarded, Idem, parse, run, run_parsed,
+    },
+    policy::{InFlight, Mode, Policy, Recording, StoreOutage},
+};
+
+use axum::extract::{FromRequest, FromRequestParts};
+use futures_util::future::BoxFuture;
+
+use crate::http::ProvidesEngine;
+
+/// Boxes a handler's body: whatever follows is not generic over it.
+pub fn boxed<R>(body: impl Future<Output = R> + Send + 'static) -> BoxFuture<'static, R> {
+    Box::pin(body)
+}
+
+/// With `state = S`: the state has an engine.
+pub fn check_engine<S: ProvidesEngine>() {}
+
+/// With `state = S`: the argument is an extractor.
+pub fn check_argument<T: FromRequestParts<S>, S>() {}
+
+/// With `state = S`: the last argument is an extractor.
+pub fn check_last_argument<T: FromRequest<S, M>, S, M>() {}
+
+/// Finds handlers that return a stream, through aliases, when they are compiled.
+pub mod probe {
+    use std::{fmt, marker::PhantomData};
+
+    use axum::response::Sse;
+
+    /// A response whose body is complete when the handler returns. It is never implemented: the
+    /// types that are not are the only ones that are asked.
+    #[diagnostic::on_unimplemented(
+        message = "this handler streams its response body: it cannot be recorded and replayed",
+        label = "streaming response",
+        note = "`#[idempotent]` needs a response whose body is complete when the handler returns"
+    )]
+    pub trait Recordable {}
+
+    /// Stands for a return type.
+    pub struct Of<R>(PhantomData<R>);
+
+    impl<R> fmt::Debug for Of<R> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Of")
+        }
+    }
+
+    /// What every other type answers.
+    pub trait Fallback {
+        /// Nothing is wrong.
+        fn check() {}
+    }
+
+    impl<R> Fallback for Of<R> {}
+
+    macro_rules! streams {
+        ($([$($parameter:ident),*] $response:ty;)*) => {$(
+            impl<$($parameter),*> Of<$response> {
+                /// Something is.
+                pub fn check()
+                where
+                    Sse<S>: Recordable,
+                {
+                }
+            }
+        )*};
+    }
+
+    streams! {
+        [S] Sse<S>;
+        [A, S] (A, Sse<S>);
+        [A, B, S] (A, B, Sse<S>);
+        [S, E] Result<Sse<S>, E>;
+        [A, S, E] Result<(A, Sse<S>), E>;
+        [A, B, S, E] Result<(A, B, Sse<S>), E>;
+    }
+}

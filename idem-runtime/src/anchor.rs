@@ -1,0 +1,855 @@
+//! Anchors and scopes: where in a request the idempotency key comes from, and whose it is.
+
+use std::{borrow::Cow, fmt, ops::RangeInclusive, sync::Arc, time::Duration};
+
+use http::{Extensions, HeaderMap, HeaderValue, Method, Uri, request::Parts};
+use uuid::Uuid;
+
+use crate::{
+    fingerprint::FingerprintScheme,
+    json::{self, JsonError, Scalar},
+    key::Values,
+    policy::Options,
+    record::Ttl,
+};
+
+/// Where in a request the idempotency key comes from.
+///
+/// An anchor is a constant: declared once, checked by the compiler even when nothing uses it yet,
+/// and shared by any number of handlers. What it says of time to live, scope, space and the like
+/// holds for each of them unless the handler says otherwise.
+///
+/// ```
+/// use std::time::Duration;
+/// use idem_runtime::{Anchor, Format};
+///
+/// pub const FLOW_ID: Anchor = Anchor::body_field("flowId")
+///     .format(Format::Uuid)
+///     .ttl(Duration::from_secs(24 * 60 * 60));
+///
+/// pub const RECEIPT: Anchor = Anchor::all(&[
+///     Anchor::body_field("network"),
+///     Anchor::body_field("receipt_hash").format(Format::Hex(32)),
+/// ])
+/// .space("receipts");
+/// ```
+///
+/// A name that cannot be one does not compile:
+///
+/// ```compile_fail,E0080
+/// const BAD: idem_runtime::Anchor = idem_runtime::Anchor::header("Idem potency");
+/// ```
+#[derive(Clone, Copy)]
+pub struct Anchor {
+    source: Source,
+    pub(crate) format: Option<Format>,
+    pub(crate) options: Options,
+}
+
+#[derive(Clone, Copy)]
+enum Source {
+    Header(&'static str),
+    BodyField(&'static str),
+    Path(&'static str),
+    Query(&'static str),
+    All(&'static [Anchor]),
+    Custom(fn(&AnchorRequest<'_>) -> Result<Values, AnchorError>),
+    /// The next of the values that generated code took from the handler's arguments.
+    Argument,
+}
+
+impl Anchor {
+    /// A request header, the usual one being `Idempotency-Key`.
+    ///
+    /// The value may be raw (`abc`, as all real clients send it) or an RFC 9651 string (`"abc"`, as
+    /// the IETF draft writes it): both are the key `abc`. Two lines of the header are refused.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when `name` is not a header name (RFC 9110 §5.1).
+    pub const fn header(name: &'static str) -> Self {
+        assert!(is_header_name(name), "Anchor::header: not a valid header name");
+        Self::of(Source::Header(name))
+    }
+
+    /// A field of the JSON body, named by dots (`message.nonce`) or by a JSON Pointer (RFC 6901,
+    /// `/message/nonce`); in a body of `application/x-www-form-urlencoded`, the field of exactly
+    /// this name.
+    ///
+    /// Numbers and booleans enter the key as their text, numbers by their exact decimal value. A
+    /// missing field and `null` are a missing key; objects and arrays are refused, and so is a name
+    /// that stands twice on the path.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when the path is empty or has an empty name between dots.
+    pub const fn body_field(path: &'static str) -> Self {
+        assert!(is_field_path(path), "Anchor::body_field: a name in the path is empty");
+        Self::of(Source::BodyField(path))
+    }
+
+    /// A parameter of the matched route, percent-decoded.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when `name` is empty.
+    pub const fn path(name: &'static str) -> Self {
+        assert!(!name.is_empty(), "Anchor::path: the name is empty");
+        Self::of(Source::Path(name))
+    }
+
+    /// A parameter of the query string, decoded; twice the same name is refused.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when `name` is empty.
+    pub const fn query(name: &'static str) -> Self {
+        assert!(!name.is_empty(), "Anchor::query: the name is empty");
+        Self::of(Source::Query(name))
+    }
+
+    /// Several anchors together, in this order. Each keeps its own format; what else they say is
+    /// not heard, say it of the whole.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when there is none.
+    pub const fn all(anchors: &'static [Self]) -> Self {
+        assert!(!anchors.is_empty(), "Anchor::all: at least one anchor is needed");
+        Self::of(Source::All(anchors))
+    }
+
+    /// Code of the application's. It sees the request's head and its buffered body and says the
+    /// key's values, or why there are none.
+    ///
+    /// ```
+    /// use idem_runtime::{Anchor, AnchorError, AnchorRequest, Values};
+    ///
+    /// fn order_and_line(request: &AnchorRequest<'_>) -> Result<Values, AnchorError> {
+    ///     let order = request.header("X-Order")?.ok_or(AnchorError::missing("X-Order"))?;
+    ///     let line = request.body_field("line")?.ok_or(AnchorError::missing("line"))?;
+    ///     let mut values = Values::new();
+    ///     values.push(order);
+    ///     values.push(line);
+    ///     Ok(values)
+    /// }
+    ///
+    /// pub const ORDER_LINE: Anchor = Anchor::custom(order_and_line);
+    /// ```
+    pub const fn custom(read: fn(&AnchorRequest<'_>) -> Result<Values, AnchorError>) -> Self {
+        Self::of(Source::Custom(read))
+    }
+
+    #[doc(hidden)]
+    pub const fn argument() -> Self {
+        Self::of(Source::Argument)
+    }
+
+    /// Checks each value and brings it into one canonical form before it enters the key.
+    #[must_use]
+    pub const fn format(mut self, format: Format) -> Self {
+        self.format = Some(format);
+        self
+    }
+
+    /// How long a recorded answer is replayed, counted from when it was recorded.
+    #[must_use]
+    pub const fn ttl(mut self, ttl: Duration) -> Self {
+        self.options.ttl = Some(Ttl::For(ttl));
+        self
+    }
+
+    /// A recorded answer is replayed for ever.
+    #[must_use]
+    pub const fn forever(mut self) -> Self {
+        self.options.ttl = Some(Ttl::Forever);
+        self
+    }
+
+    /// Whose the key is.
+    #[must_use]
+    pub const fn scope(mut self, scope: Scope) -> Self {
+        self.options.scope = Some(scope);
+        self
+    }
+
+    /// Within what the key is unique: all handlers that name this space share their keys. Without
+    /// it, each operation is a space of its own.
+    #[must_use]
+    pub const fn space(mut self, name: &'static str) -> Self {
+        assert!(!name.is_empty(), "Anchor::space: the name is empty");
+        self.options.space = Some(name);
+        self
+    }
+
+    /// Without a key the handler runs as plain axum.
+    #[must_use]
+    pub const fn optional(mut self) -> Self {
+        self.options.optional = Some(true);
+        self
+    }
+
+    /// What makes two requests the same.
+    #[must_use]
+    pub const fn fingerprint(mut self, scheme: FingerprintScheme) -> Self {
+        self.options.fingerprint = Some(scheme);
+        self
+    }
+
+    const fn of(source: Source) -> Self {
+        Self { source, format: None, options: Options::NONE }
+    }
+
+    /// Whether the values are in the body, so that it must be buffered before a key is known.
+    pub(crate) fn needs_body(&self) -> bool {
+        self.source.needs_body()
+    }
+
+    /// Whether the values come from the handler's arguments.
+    pub(crate) fn needs_arguments(&self) -> bool {
+        self.source.needs_arguments()
+    }
+
+    /// Takes the values out of a request, checked and canonical.
+    pub(crate) fn collect(
+        &self,
+        request: &AnchorRequest<'_>,
+        arguments: &mut dyn Iterator<Item = Values>,
+        rules: KeyRules,
+        into: &mut Values,
+    ) -> Result<(), AnchorError> {
+        let rules = KeyRules { format: self.format.or(rules.format), ..rules };
+        match self.source {
+            Source::All(anchors) => {
+                anchors.iter().try_for_each(|anchor| anchor.collect(request, arguments, rules, into))
+            }
+            source => source.collect(request, arguments, rules, Quoting::Accepted, into),
+        }
+    }
+}
+
+impl fmt::Debug for Anchor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.source.fmt(f)
+    }
+}
+
+/// Whose a key is: the tenant or principal within which keys are unique.
+///
+/// An engine cannot be built before a scope was said. A value that is absent from a request is
+/// refused before any look-up. Do not scope by a credential that rotates or signs each request: a
+/// retry under the next one would be somebody else's. Scope by the principal behind it.
+#[derive(Clone, Copy)]
+pub struct Scope(ScopeKind);
+
+#[derive(Clone, Copy)]
+enum ScopeKind {
+    Global,
+    One(Source),
+    All(&'static [Scope]),
+}
+
+impl Scope {
+    /// One scope for everybody: keys are unique across all callers. Only where a key names a thing
+    /// in the world (a receipt's hash, a transaction's signature), never for keys that clients
+    /// choose.
+    pub const fn global() -> Self {
+        Self(ScopeKind::Global)
+    }
+
+    /// A request header that names the principal, such as an API key that does not rotate.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when `name` is not a header name.
+    pub const fn header(name: &'static str) -> Self {
+        assert!(is_header_name(name), "Scope::header: not a valid header name");
+        Self(ScopeKind::One(Source::Header(name)))
+    }
+
+    /// A parameter of the matched route.
+    pub const fn path(name: &'static str) -> Self {
+        Self(ScopeKind::One(Source::Path(name)))
+    }
+
+    /// A parameter of the query string.
+    pub const fn query(name: &'static str) -> Self {
+        Self(ScopeKind::One(Source::Query(name)))
+    }
+
+    /// A field of the body.
+    pub const fn body_field(path: &'static str) -> Self {
+        assert!(is_field_path(path), "Scope::body_field: a name in the path is empty");
+        Self(ScopeKind::One(Source::BodyField(path)))
+    }
+
+    /// Code of the application's; the usual one reads what an authentication layer left in the
+    /// request's extensions.
+    ///
+    /// ```
+    /// use idem_runtime::{AnchorError, Scope, Values};
+    ///
+    /// #[derive(Clone)]
+    /// struct Tenant(String);
+    ///
+    /// const TENANT: Scope = Scope::custom(|request| {
+    ///     let Tenant(id) = request.extensions().get().ok_or(AnchorError::missing("the tenant"))?;
+    ///     Ok(Values::from_iter([id]))
+    /// });
+    /// ```
+    pub const fn custom(read: fn(&AnchorRequest<'_>) -> Result<Values, AnchorError>) -> Self {
+        Self(ScopeKind::One(Source::Custom(read)))
+    }
+
+    /// Several together, in this order.
+    pub const fn all(scopes: &'static [Self]) -> Self {
+        assert!(!scopes.is_empty(), "Scope::all: at least one scope is needed");
+        Self(ScopeKind::All(scopes))
+    }
+
+    #[doc(hidden)]
+    pub const fn argument() -> Self {
+        Self(ScopeKind::One(Source::Argument))
+    }
+
+    /// Whether the body must be buffered before the scope is known. Code may look at it, but most
+    /// reads the head: it is given the body only if something else needs it.
+    pub(crate) fn needs_body(&self) -> bool {
+        match self.0 {
+            ScopeKind::Global => false,
+            ScopeKind::One(source) => matches!(source, Source::BodyField(_)),
+            ScopeKind::All(scopes) => scopes.iter().any(Self::needs_body),
+        }
+    }
+
+    pub(crate) fn needs_arguments(&self) -> bool {
+        match self.0 {
+            ScopeKind::Global => false,
+            ScopeKind::One(source) => source.needs_arguments(),
+            ScopeKind::All(scopes) => scopes.iter().any(Self::needs_arguments),
+        }
+    }
+
+    pub(crate) fn collect(
+        &self,
+        request: &AnchorRequest<'_>,
+        arguments: &mut dyn Iterator<Item = Values>,
+        into: &mut Values,
+    ) -> Result<(), AnchorError> {
+        match self.0 {
+            ScopeKind::Global => Ok(()),
+            ScopeKind::One(source) => {
+                source.collect(request, arguments, KeyRules::SCOPE, Quoting::Literal, into)
+            }
+            ScopeKind::All(scopes) => {
+                scopes.iter().try_for_each(|scope| scope.collect(request, arguments, into))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ScopeKind::Global => f.write_str("global"),
+            ScopeKind::One(source) => source.fmt(f),
+            ScopeKind::All(scopes) => f.debug_list().entries(scopes).finish(),
+        }
+    }
+}
+
+/// What a value must be to enter a key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KeyRules {
+    pub(crate) format: Option<Format>,
+    /// The longest value, in characters, where no format says otherwise.
+    pub(crate) longest: usize,
+}
+
+impl KeyRules {
+    /// A scope is a credential or a name, whose form is not the client's choice.
+    const SCOPE: Self = Self { format: None, longest: 8 * 1024 };
+
+    fn check<'v>(&self, what: &'static str, value: &'v str) -> Result<Cow<'v, str>, AnchorError> {
+        if value.chars().any(char::is_control) {
+            return Err(AnchorError::malformed(what, "control characters are not allowed"));
+        }
+        match self.format {
+            Some(format) => format.canonical(what, value),
+            None => Format::text(1..=self.longest).canonical(what, value),
+        }
+    }
+}
+
+/// Whether a header's value may be an RFC 9651 string.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Quoting {
+    Accepted,
+    Literal,
+}
+
+impl Source {
+    fn needs_body(self) -> bool {
+        match self {
+            Self::BodyField(_) | Self::Custom(_) => true,
+            Self::All(anchors) => anchors.iter().any(Anchor::needs_body),
+            Self::Header(_) | Self::Path(_) | Self::Query(_) | Self::Argument => false,
+        }
+    }
+
+    fn needs_arguments(self) -> bool {
+        match self {
+            Self::Argument => true,
+            Self::All(anchors) => anchors.iter().any(Anchor::needs_arguments),
+            _ => false,
+        }
+    }
+
+    fn collect(
+        self,
+        request: &AnchorRequest<'_>,
+        arguments: &mut dyn Iterator<Item = Values>,
+        rules: KeyRules,
+        quoting: Quoting,
+        into: &mut Values,
+    ) -> Result<(), AnchorError> {
+        let (what, value) = match self {
+            Self::Header(name) => {
+                let value = request.header(name)?.ok_or(AnchorError::missing(name))?;
+                match quoting {
+                    Quoting::Accepted if value.starts_with('"') => (name, unquote(name, value)?),
+                    _ => (name, Cow::Borrowed(value)),
+                }
+            }
+            Self::BodyField(path) => {
+                (path, request.body_field(path)?.ok_or(AnchorError::missing(path))?.into())
+            }
+            Self::Path(name) => {
+                (name, request.path(name).ok_or(AnchorError::missing(name))?.into())
+            }
+            Self::Query(name) => (name, request.query(name)?.ok_or(AnchorError::missing(name))?),
+            Self::Custom(read) => return rules.check_all("the key", &read(request)?, into),
+            Self::Argument => {
+                let values = arguments.next().unwrap_or_default();
+                return rules.check_all("the argument", &values, into);
+            }
+            Self::All(anchors) => {
+                return anchors
+                    .iter()
+                    .try_for_each(|anchor| anchor.collect(request, arguments, rules, into));
+            }
+        };
+        into.push(rules.check(what, &value)?.as_bytes());
+        Ok(())
+    }
+}
+
+impl KeyRules {
+    fn check_all(
+        &self,
+        what: &'static str,
+        values: &Values,
+        into: &mut Values,
+    ) -> Result<(), AnchorError> {
+        if values.is_empty() {
+            return Err(AnchorError::missing(what));
+        }
+        for value in values.iter() {
+            let text = std::str::from_utf8(value)
+                .map_err(|_| AnchorError::malformed(what, "it is not UTF-8"))?;
+            into.push(self.check(what, text)?.as_bytes());
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header(name) => write!(f, "header({name:?})"),
+            Self::BodyField(path) => write!(f, "body_field({path:?})"),
+            Self::Path(name) => write!(f, "path({name:?})"),
+            Self::Query(name) => write!(f, "query({name:?})"),
+            Self::All(anchors) => f.debug_list().entries(*anchors).finish(),
+            Self::Custom(_) => f.write_str("custom"),
+            Self::Argument => f.write_str("arg"),
+        }
+    }
+}
+
+/// The text of an RFC 9651 string. Its parameters are ignored, as the IETF draft has it.
+fn unquote(name: &'static str, value: &str) -> Result<Cow<'static, str>, AnchorError> {
+    let item: sfv::Item = sfv::Parser::new(value.as_bytes())
+        .parse()
+        .map_err(|_| AnchorError::malformed(name, "it begins like a quoted string and is not one"))?;
+    match item.bare_item {
+        sfv::BareItem::String(text) => Ok(Cow::Owned(text.as_str().to_owned())),
+        _ => Err(AnchorError::malformed(name, "it is not a string")),
+    }
+}
+
+/// What form a value must have; it enters the key in one canonical spelling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A UUID (RFC 9562) of any version; canonical in lower case with hyphens.
+    Uuid,
+    /// So many *bytes* in hexadecimal digits, with or without `0x`; canonical in lower case
+    /// without it.
+    Hex(usize),
+    /// Between so many and so many characters, none of them a control character; as it is. Made by
+    /// [`text`](Self::text).
+    #[non_exhaustive]
+    Text {
+        /// The fewest characters, at least one.
+        min: usize,
+        /// The most characters.
+        max: usize,
+    },
+}
+
+impl Format {
+    /// Between so many and so many characters.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when the range is empty or begins at zero, since a key is
+    /// never empty.
+    pub const fn text(length: RangeInclusive<usize>) -> Self {
+        let (min, max) = (*length.start(), *length.end());
+        assert!(min >= 1 && min <= max, "Format::text: the range must be within 1..");
+        Self::Text { min, max }
+    }
+
+    fn canonical<'v>(
+        self,
+        what: &'static str,
+        value: &'v str,
+    ) -> Result<Cow<'v, str>, AnchorError> {
+        match self {
+            Self::Uuid => match Uuid::try_parse(value) {
+                Ok(uuid) => Ok(Cow::Owned(uuid.to_string())),
+                Err(_) => Err(AnchorError::malformed(what, "it is not a UUID")),
+            },
+            Self::Hex(bytes) => {
+                let digits = value
+                    .strip_prefix("0x")
+                    .or_else(|| value.strip_prefix("0X"))
+                    .unwrap_or(value);
+                if digits.len() != 2 * bytes || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+                    let why = format!("it is not {bytes} bytes in hexadecimal digits");
+                    return Err(AnchorError::malformed(what, why));
+                }
+                Ok(Cow::Owned(digits.to_ascii_lowercase()))
+            }
+            Self::Text { min, max } => match value.chars().count() {
+                0 => Err(AnchorError::malformed(what, "it is empty")),
+                length if length < min => {
+                    let why = format!("it has {length} characters, fewer than {min}");
+                    Err(AnchorError::malformed(what, why))
+                }
+                length if length > max => {
+                    let why = format!("it has {length} characters, more than {max}");
+                    Err(AnchorError::malformed(what, why))
+                }
+                _ => Ok(Cow::Borrowed(value)),
+            },
+        }
+    }
+}
+
+/// A request as anchors and scopes see it: its head, the parameters of its route, and its body if
+/// it was buffered.
+#[derive(Clone, Copy)]
+pub struct AnchorRequest<'a> {
+    pub(crate) head: &'a Parts,
+    pub(crate) parameters: &'a [(String, String)],
+    pub(crate) body: &'a [u8],
+}
+
+impl<'a> AnchorRequest<'a> {
+    /// The method.
+    pub fn method(&self) -> &'a Method {
+        &self.head.method
+    }
+
+    /// The URI, as the handler sees it.
+    pub fn uri(&self) -> &'a Uri {
+        &self.head.uri
+    }
+
+    /// All headers.
+    pub fn headers(&self) -> &'a HeaderMap {
+        &self.head.headers
+    }
+
+    /// What layers left for the handler.
+    pub fn extensions(&self) -> &'a Extensions {
+        &self.head.extensions
+    }
+
+    /// The one value of a header.
+    ///
+    /// # Errors
+    ///
+    /// When the header stands there twice or has bytes outside visible ASCII and spaces.
+    pub fn header(&self, name: &'static str) -> Result<Option<&'a str>, AnchorError> {
+        let mut lines = self.head.headers.get_all(name).iter();
+        let Some(line) = lines.next() else { return Ok(None) };
+        if lines.next().is_some() {
+            return Err(AnchorError::malformed(name, "the header stands there twice"));
+        }
+        HeaderValue::to_str(line)
+            .map(Some)
+            .map_err(|_| AnchorError::malformed(name, "only visible ASCII and spaces are allowed"))
+    }
+
+    /// A parameter of the matched route, percent-decoded.
+    pub fn path(&self, name: &str) -> Option<&'a str> {
+        self.parameters.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// A parameter of the query string, decoded.
+    ///
+    /// # Errors
+    ///
+    /// When the name stands there twice.
+    pub fn query(&self, name: &'static str) -> Result<Option<Cow<'a, str>>, AnchorError> {
+        the_one_pair(self.head.uri.query().unwrap_or_default().as_bytes(), name)
+    }
+
+    /// The body; empty if nothing needed it.
+    pub fn body(&self) -> &'a [u8] {
+        self.body
+    }
+
+    /// The text of a scalar in the JSON body, or of a field of a form. `None` where it is missing
+    /// or `null`.
+    ///
+    /// # Errors
+    ///
+    /// When the body is not JSON, a name stands twice on the path, or the value is an object or an
+    /// array.
+    pub fn body_field(&self, path: &'static str) -> Result<Option<String>, AnchorError> {
+        if self.is_form() {
+            return Ok(the_one_pair(self.body, path)?.map(Cow::into_owned));
+        }
+        let found = json::find(self.body, &json::segments(path))
+            .and_then(|value| value.map(json::scalar).transpose());
+        match found {
+            Ok(Some(Scalar::Text(text))) => Ok(Some(text)),
+            Ok(Some(Scalar::Null) | None) => Ok(None),
+            Ok(Some(Scalar::Compound)) => {
+                Err(AnchorError::malformed(path, "it is an object or an array"))
+            }
+            Err(source @ (JsonError::Syntax(_) | JsonError::DuplicateName)) => {
+                Err(AnchorError::malformed(path, source.to_string()))
+            }
+        }
+    }
+
+    fn is_form(&self) -> bool {
+        self.head
+            .headers
+            .get(http::header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.split(';').next())
+            .is_some_and(|essence| {
+                essence.trim().eq_ignore_ascii_case("application/x-www-form-urlencoded")
+            })
+    }
+}
+
+/// The head may hold credentials and the body anything: neither is shown.
+impl fmt::Debug for AnchorRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AnchorRequest").field("method", &self.head.method).finish_non_exhaustive()
+    }
+}
+
+fn the_one_pair<'q>(
+    encoded: &'q [u8],
+    name: &'static str,
+) -> Result<Option<Cow<'q, str>>, AnchorError> {
+    let mut values =
+        form_urlencoded::parse(encoded).filter_map(|(key, value)| (key == name).then_some(value));
+    match (values.next(), values.next()) {
+        (value, None) => Ok(value),
+        (_, Some(_)) => Err(AnchorError::malformed(name, "it stands there twice")),
+    }
+}
+
+/// Why a request has no usable key.
+///
+/// The message names the header, field or parameter and never repeats its value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AnchorError {
+    /// It is not there.
+    #[error("{what} is missing")]
+    Missing {
+        /// The header, field or parameter.
+        what: Cow<'static, str>,
+    },
+    /// It is there and cannot be a key.
+    #[error("{what}: {why}")]
+    Malformed {
+        /// The header, field or parameter.
+        what: Cow<'static, str>,
+        /// What is wrong with it.
+        why: Cow<'static, str>,
+    },
+}
+
+impl AnchorError {
+    /// It is not there.
+    pub fn missing(what: impl Into<Cow<'static, str>>) -> Self {
+        Self::Missing { what: what.into() }
+    }
+
+    /// It is there and cannot be a key. The reason is shown to the client: do not repeat the value.
+    pub fn malformed(
+        what: impl Into<Cow<'static, str>>,
+        why: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::Malformed { what: what.into(), why: why.into() }
+    }
+}
+
+/// A type whose values may enter a key by `anchor = arg(…)` or `scope = arg(…)`.
+///
+/// Values enter as their text, one part for each. Implement it for newtypes of ids with
+/// `#[derive(AnchorValue)]`. Floating-point numbers are left out on purpose: their text is not
+/// stable.
+///
+/// ```
+/// use idem_runtime::{AnchorValue, Values};
+///
+/// #[derive(AnchorValue)]
+/// struct InvoiceId(u64);
+///
+/// let mut values = Values::new();
+/// InvoiceId(7).write(&mut values);
+/// assert_eq!(values, Values::from_iter(["7"]));
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be used as an idempotency anchor",
+    label = "this anchor has type `{Self}`",
+    note = "anchors are strings, characters, integers, booleans, UUIDs, tuples of these, or types with `#[derive(AnchorValue)]`"
+)]
+pub trait AnchorValue {
+    /// Adds the parts of this value.
+    fn write(&self, values: &mut Values);
+}
+
+macro_rules! by_display {
+    ($($type:ty),*) => {$(
+        impl AnchorValue for $type {
+            fn write(&self, values: &mut Values) {
+                values.push(self.to_string());
+            }
+        }
+    )*};
+}
+
+by_display!(u8, u16, u32, u64, u128, usize, i8, i16, i32, i64, i128, isize, bool, char, Uuid);
+
+impl AnchorValue for str {
+    fn write(&self, values: &mut Values) {
+        values.push(self);
+    }
+}
+
+impl AnchorValue for String {
+    fn write(&self, values: &mut Values) {
+        values.push(self);
+    }
+}
+
+macro_rules! by_reference {
+    ($($pointer:ty),*) => {$(
+        #[diagnostic::do_not_recommend]
+        impl<T: AnchorValue + ?Sized> AnchorValue for $pointer {
+            fn write(&self, values: &mut Values) {
+                T::write(self, values);
+            }
+        }
+    )*};
+}
+
+by_reference!(&T, Box<T>, Arc<T>, std::rc::Rc<T>);
+
+impl<T: AnchorValue + ToOwned + ?Sized> AnchorValue for Cow<'_, T> {
+    fn write(&self, values: &mut Values) {
+        T::write(self, values);
+    }
+}
+
+macro_rules! by_members {
+    ($($name:ident),*) => {
+        #[diagnostic::do_not_recommend]
+        impl<$($name: AnchorValue),*> AnchorValue for ($($name,)*) {
+            #[allow(non_snake_case, reason = "the type parameters name their members")]
+            fn write(&self, values: &mut Values) {
+                let ($($name,)*) = self;
+                $($name.write(values);)*
+            }
+        }
+    };
+}
+
+by_members!(A, B);
+by_members!(A, B, C);
+by_members!(A, B, C, D);
+by_members!(A, B, C, D, E);
+by_members!(A, B, C, D, E, F);
+
+/// RFC 9110 §5.6.2, `token`.
+const fn is_header_name(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    let mut i = 0;
+    while i < bytes.len() {
+        let tchar = bytes[i].is_ascii_alphanumeric()
+            || matches!(
+                bytes[i],
+                b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_'
+                    | b'`' | b'|' | b'~'
+            );
+        if !tchar {
+            return false;
+        }
+        i += 1;
+    }
+    // The http crate's bound, beyond which looking the name up would find nothing.
+    !bytes.is_empty() && bytes.len() < 1 << 16
+}
+
+/// Names between dots are not empty; a JSON Pointer may name anything, but has its escapes right.
+const fn is_field_path(path: &str) -> bool {
+    let bytes = path.as_bytes();
+    if bytes.is_empty() {
+        return false;
+    }
+    let pointer = bytes[0] == b'/';
+    let mut i = 0;
+    while i < bytes.len() {
+        if pointer {
+            let escape = bytes[i] == b'~';
+            if escape && !(i + 1 < bytes.len() && matches!(bytes[i + 1], b'0' | b'1')) {
+                return false;
+            }
+        } else if bytes[i] == b'.' && (i == 0 || i + 1 == bytes.len() || bytes[i + 1] == b'.') {
+            return false;
+        }
+        i += 1;
+    }
+    true
+}
+
+impl<T: AsRef<[u8]>> FromIterator<T> for Values {
+    fn from_iter<I: IntoIterator<Item = T>>(values: I) -> Self {
+        let mut list = Self::new();
+        values.into_iter().for_each(|value| list.push(value));
+        list
+    }
+}
+

@@ -1,0 +1,74 @@
+//! Work that finishes although nobody waits for it.
+//!
+//! A server drops a request's future when its client hangs up, at whichever await it stands. From
+//! the claim to the record that must not cancel anything: the future is then moved to a task of its
+//! own and goes on there. Until then it runs inline, which costs next to nothing.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use tokio::runtime::Handle;
+use tracing::{Instrument, Span};
+
+use crate::{
+    engine::Shared,
+    observer::{Event, Outcome},
+};
+
+/// A future that outlives being dropped.
+pub(crate) struct FinishAnyway<T: Send + 'static> {
+    work: Option<BoxFuture<'static, T>>,
+    /// What the work goes on with, known once it was started.
+    started: Option<(Handle, Span)>,
+    shared: Arc<Shared>,
+    operation: Arc<str>,
+}
+
+impl<T: Send + 'static> FinishAnyway<T> {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        operation: Arc<str>,
+        work: BoxFuture<'static, T>,
+    ) -> Self {
+        Self { work: Some(work), started: None, shared, operation }
+    }
+}
+
+impl<T: Send + 'static> Future for FinishAnyway<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        let this = &mut *self;
+        if this.started.is_none() {
+            // Taken now and not when the future is dropped: that may happen outside the runtime
+            // and outside the request's span.
+            this.started = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
+        }
+        let Some(work) = this.work.as_mut() else { return Poll::Pending };
+        let answer = std::task::ready!(work.poll_unpin(cx));
+        this.work = None;
+        Poll::Ready(answer)
+    }
+}
+
+impl<T: Send + 'static> Drop for FinishAnyway<T> {
+    fn drop(&mut self) {
+        let (Some(work), Some((runtime, span))) = (self.work.take(), self.started.take()) else {
+            return;
+        };
+        self.shared.observer.observe(&Event {
+            outcome: Outcome::Detached,
+            operation: &self.operation,
+            operation_id: None,
+            attempt: None,
+            error: None,
+            enforced: true,
+        });
+        // On a runtime that is shutting down the task is dropped at once, as in a crash.
+        self.shared.go_on(&runtime, work.map(drop).instrument(span));
+    }
+}

@@ -1,0 +1,769 @@
+//! The engine: claims before a run, and what becomes of its answer after it.
+//!
+//! It knows no web framework and no driver: it is asked with a [`Call`] and answers with an
+//! [`Admission`]; its stores are behind the [`Store`] trait.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
+use http::HeaderName;
+use tokio::{
+    runtime::Handle,
+    time::{Instant, timeout},
+};
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    anchor::Scope,
+    decision::{Asked, Decision, decide},
+    key::{Digester, Key, OperationId, ScopeDigest, Token},
+    leases::Leases,
+    observer::{Event, Observer, Outcome, Tracing},
+    operation::Attempt,
+    policy::{Options, Resolved},
+    record::{FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl},
+    refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals},
+    store::{Claim, Claimed, Completion, Store, StoreError, StoreErrorKind, Written},
+};
+
+/// The engine: one for an application, in its router's state.
+///
+/// Cloning it is cheap and gives another handle to the same engine.
+///
+/// ```
+/// use idem_runtime::{Idempotency, Scope, store::MemoryStore};
+///
+/// let idem = Idempotency::builder(MemoryStore::new())
+///     .scope(Scope::header("X-API-Key"))
+///     .build();
+/// # let _ = idem;
+/// ```
+///
+/// Without a scope there is no engine: keys that are shared between tenants would leak one's
+/// answers to the other.
+///
+/// ```compile_fail,E0599
+/// # use idem_runtime::{Idempotency, store::MemoryStore};
+/// let idem = Idempotency::builder(MemoryStore::new()).build();
+/// ```
+#[derive(Clone)]
+pub struct Idempotency {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Idempotency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Idempotency").field("store", &self.shared.store).finish_non_exhaustive()
+    }
+}
+
+pub(crate) struct Shared {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) digester: Digester,
+    pub(crate) options: Options,
+    pub(crate) scope: Scope,
+    pub(crate) limits: Limits,
+    pub(crate) observer: Arc<dyn Observer>,
+    pub(crate) refusals: Arc<dyn Refusals>,
+    pub(crate) documentation: Option<Arc<str>>,
+    /// Headers that are not recorded.
+    pub(crate) left_out: Vec<HeaderName>,
+    pub(crate) carry: Option<Carry>,
+    pub(crate) leases: Leases,
+    /// Work that goes on although nobody waits for it.
+    background: TaskTracker,
+    pub(crate) warned_of_outer_headers: AtomicBool,
+}
+
+/// Wraps a handler's future when it starts; see [`Builder::carry`].
+pub(crate) type Carry = Arc<dyn Fn(BoxFuture<'static, ()>) -> BoxFuture<'static, ()> + Send + Sync>;
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) request_body: usize,
+    pub(crate) response_body: usize,
+    pub(crate) response_time: Duration,
+    pub(crate) key_length: usize,
+    pub(crate) store_timeout: Duration,
+    pub(crate) record_wait: Duration,
+    pub(crate) detached: usize,
+    pub(crate) sweep_interval: Duration,
+}
+
+impl Limits {
+    const DEFAULT: Self = Self {
+        request_body: 2 * 1024 * 1024,
+        response_body: 1024 * 1024,
+        response_time: Duration::from_secs(10),
+        key_length: 255,
+        store_timeout: Duration::from_secs(5),
+        record_wait: Duration::from_secs(2),
+        detached: 1_024,
+        sweep_interval: Duration::from_secs(60),
+    };
+}
+
+/// A builder whose scope was not said yet: it cannot build.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Unscoped;
+
+/// A builder whose scope was said.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoped(Scope);
+
+/// Builds an engine; [`Idempotency::builder`] starts one.
+///
+/// What is said here holds for every handler that does not say otherwise.
+#[must_use = "an engine is made by `build`"]
+pub struct Builder<S> {
+    store: Arc<dyn Store>,
+    scope: S,
+    pub(crate) options: Options,
+    digester: Digester,
+    limits: Limits,
+    observer: Arc<dyn Observer>,
+    refusals: Arc<dyn Refusals>,
+    documentation: Option<Arc<str>>,
+    left_out: Vec<HeaderName>,
+    carry: Option<Carry>,
+}
+
+impl<S: fmt::Debug> fmt::Debug for Builder<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("store", &self.store)
+            .field("scope", &self.scope)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is never recorded unless asked for: what speaks of one connection, of one moment, or to
+/// one caller.
+const LEFT_OUT: [HeaderName; 15] = [
+    http::header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    http::header::PROXY_AUTHENTICATE,
+    http::header::PROXY_AUTHORIZATION,
+    http::header::TE,
+    http::header::TRAILER,
+    http::header::TRANSFER_ENCODING,
+    http::header::UPGRADE,
+    http::header::DATE,
+    http::header::AGE,
+    http::header::SET_COOKIE,
+    http::header::WWW_AUTHENTICATE,
+    HeaderName::from_static("authentication-info"),
+    HeaderName::from_static("server-timing"),
+];
+
+impl Idempotency {
+    /// Starts building an engine over a store.
+    pub fn builder(store: impl Store) -> Builder<Unscoped> {
+        Builder {
+            store: Arc::new(store),
+            scope: Unscoped,
+            options: Options::NONE,
+            digester: Digester::Plain,
+            limits: Limits::DEFAULT,
+            observer: Arc::new(Tracing),
+            refusals: Arc::new(ProblemDocuments),
+            documentation: None,
+            left_out: LEFT_OUT.to_vec(),
+            carry: None,
+        }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.shared.store
+    }
+
+    /// How many handlers and unfinished records go on although nobody waits for them.
+    pub fn detached(&self) -> usize {
+        self.shared.background.len()
+    }
+
+    /// Waits until everything that goes on in the background has finished, at most this long; says
+    /// whether it has. Call it after the server has stopped and before the runtime ends.
+    ///
+    /// Nothing is cancelled: what is not finished in time ends with the runtime, as in a crash, and
+    /// its key is free again after the lease.
+    pub async fn drain(&self, at_most: Duration) -> bool {
+        self.shared.background.close();
+        let drained = timeout(at_most, self.shared.background.wait()).await.is_ok();
+        self.shared.background.reopen();
+        drained
+    }
+}
+
+impl Builder<Unscoped> {
+    /// Whose keys are, where a handler does not say.
+    pub fn scope(self, scope: Scope) -> Builder<Scoped> {
+        Builder {
+            store: self.store,
+            scope: Scoped(scope),
+            options: self.options,
+            digester: self.digester,
+            limits: self.limits,
+            observer: self.observer,
+            refusals: self.refusals,
+            documentation: self.documentation,
+            left_out: self.left_out,
+            carry: self.carry,
+        }
+    }
+}
+
+impl Builder<Scoped> {
+    /// The engine.
+    pub fn build(self) -> Idempotency {
+        Idempotency {
+            shared: Arc::new(Shared {
+                store: self.store,
+                digester: self.digester,
+                options: self.options,
+                scope: self.scope.0,
+                limits: self.limits,
+                observer: self.observer,
+                refusals: self.refusals,
+                documentation: self.documentation,
+                left_out: self.left_out,
+                carry: self.carry,
+                leases: Leases::default(),
+                background: TaskTracker::new(),
+                warned_of_outer_headers: AtomicBool::new(false),
+            }),
+        }
+    }
+}
+
+impl<S> Builder<S> {
+    /// Makes all digests HMACs under this secret: whoever reads the store cannot try out keys. All
+    /// processes that share the store need the same one; with another, earlier keys are not found.
+    pub fn secret(mut self, secret: impl AsRef<[u8]>) -> Self {
+        self.digester = Digester::keyed(secret.as_ref());
+        self
+    }
+
+    /// The shape of refusals. Default: problem documents (RFC 9457).
+    pub fn refusals(mut self, refusals: impl Refusals + 'static) -> Self {
+        self.refusals = Arc::new(refusals);
+        self
+    }
+
+    /// Where clients read how this API is idempotent: the `type` of problem documents, and a
+    /// `Link`.
+    pub fn documentation(mut self, url: impl Into<Arc<str>>) -> Self {
+        self.documentation = Some(url.into());
+        self
+    }
+
+    /// Who hears what became of each request. Default: `tracing`.
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.observer = Arc::new(observer);
+        self
+    }
+
+    /// Leaves more headers out of recorded answers than the default list.
+    pub fn leave_out(mut self, headers: impl IntoIterator<Item = HeaderName>) -> Self {
+        self.left_out.extend(headers);
+        self
+    }
+
+    /// Records a header although it is on the default list. Think twice about `Set-Cookie`.
+    pub fn keep(mut self, header: &HeaderName) -> Self {
+        self.left_out.retain(|name| name != header);
+        self
+    }
+
+    /// The largest request body in bytes that is buffered; a larger one is refused with 413.
+    /// Default: 2 MiB.
+    pub fn request_body_limit(mut self, bytes: usize) -> Self {
+        self.limits.request_body = bytes;
+        self
+    }
+
+    /// The largest response body in bytes that is recorded; of a larger one only the fact is.
+    /// Default: 1 MiB.
+    pub fn response_body_limit(mut self, bytes: usize) -> Self {
+        self.limits.response_body = bytes;
+        self
+    }
+
+    /// How long a response body may take to be complete; of a slower one only the fact is recorded,
+    /// and the rest is streamed. Default: 10 seconds.
+    pub fn response_time_limit(mut self, time: Duration) -> Self {
+        self.limits.response_time = time;
+        self
+    }
+
+    /// The longest key in characters, where no format says otherwise. Default: 255.
+    pub fn key_length(mut self, characters: usize) -> Self {
+        self.limits.key_length = characters.max(1);
+        self
+    }
+
+    /// How long a single call of the store may take. Default: 5 seconds.
+    pub fn store_timeout(mut self, time: Duration) -> Self {
+        self.limits.store_timeout = time;
+        self
+    }
+
+    /// How long a reply waits for its record; after that it goes out, and recording goes on in the
+    /// background. Default: 2 seconds.
+    pub fn record_wait(mut self, time: Duration) -> Self {
+        self.limits.record_wait = time;
+        self
+    }
+
+    /// How many handlers whose clients hung up may be running before new requests are refused.
+    /// Default: 1,024.
+    pub fn detached_limit(mut self, handlers: usize) -> Self {
+        self.limits.detached = handlers;
+        self
+    }
+
+    /// How often records that are over are removed. It only frees space. Default: each minute.
+    pub fn sweep_interval(mut self, interval: Duration) -> Self {
+        self.limits.sweep_interval = interval.max(Duration::from_millis(10));
+        self
+    }
+
+    /// Wraps the future of each handler, in the request's own task, when it starts. A handler whose
+    /// client hangs up goes on in another task: what it reads from task-locals must be carried
+    /// along.
+    ///
+    /// ```
+    /// # use idem_runtime::{Idempotency, Scope, store::MemoryStore};
+    /// tokio::task_local! { static REQUEST_ID: u64; }
+    ///
+    /// let idem = Idempotency::builder(MemoryStore::new())
+    ///     .scope(Scope::header("X-API-Key"))
+    ///     .carry(|handler| match REQUEST_ID.try_with(|id| *id) {
+    ///         Ok(id) => Box::pin(REQUEST_ID.scope(id, handler)),
+    ///         Err(_) => handler,
+    ///     })
+    ///     .build();
+    /// # let _ = idem;
+    /// ```
+    pub fn carry(
+        mut self,
+        wrap: impl Fn(BoxFuture<'static, ()>) -> BoxFuture<'static, ()> + Send + Sync + 'static,
+    ) -> Self {
+        self.carry = Some(Arc::new(wrap));
+        self
+    }
+}
+
+/// A request as the engine sees it.
+pub(crate) struct Call {
+    pub(crate) key: Key,
+    pub(crate) scope: ScopeDigest,
+    pub(crate) operation: Arc<str>,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) policy: Resolved,
+}
+
+/// Computes the request's fingerprint under the scheme of an older record; `None` where this
+/// release does not know the scheme.
+pub(crate) type UnderScheme<'a> = &'a (dyn Fn(&str) -> Option<Fingerprint> + Send + Sync);
+
+/// What the engine says to a request.
+pub(crate) enum Admission {
+    Run(Run),
+    Replay { response: RecordedResponse, operation_id: OperationId },
+    Refuse(Refusal),
+    /// The store could not be asked, and the policy says to run all the same.
+    Unprotected,
+}
+
+impl Shared {
+    /// One call of the store, bounded in time.
+    pub(crate) async fn ask<T>(
+        &self,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        match timeout(self.limits.store_timeout, call).await {
+            Ok(answer) => answer,
+            Err(_) => Err(StoreError::new("idem", StoreErrorKind::TimedOut)),
+        }
+    }
+
+    pub(crate) fn tell(
+        &self,
+        operation: &str,
+        attempt: Option<&Attempt>,
+        outcome: Outcome,
+        error: Option<&StoreError>,
+    ) {
+        self.observer.observe(&Event {
+            outcome,
+            operation,
+            operation_id: attempt.map(|attempt| attempt.id),
+            attempt: attempt.map(|attempt| attempt.number),
+            error,
+            enforced: true,
+        });
+    }
+
+    /// Lets work go on although nobody waits for it.
+    pub(crate) fn go_on(&self, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
+        self.background.spawn_on(work, runtime);
+    }
+
+    pub(crate) fn render(&self, policy: &Resolved, refusal: Refusal) -> http::Response<Bytes> {
+        let refusal = refusal.documented_at(self.documentation.as_ref());
+        match policy.refusals {
+            Some(refusals) => refusals.render(&refusal),
+            None => self.refusals.render(&refusal),
+        }
+    }
+
+    /// Claims the key for a request, or says what stands in its way.
+    pub(crate) async fn admit(
+        self: &Arc<Self>,
+        call: &Call,
+        under_scheme: UnderScheme<'_>,
+    ) -> Admission {
+        if self.background.len() >= self.limits.detached {
+            return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
+        }
+        let mut claim = Claim {
+            key: call.key,
+            scope: call.scope,
+            operation: Arc::clone(&call.operation),
+            operation_id: OperationId::random(),
+            fingerprint: call.fingerprint.clone(),
+            token: Token::random(),
+            lease: call.policy.lease,
+            ttl: call.policy.ttl,
+            on_unknown: call.policy.on_unknown,
+            format: FORMAT,
+        };
+        // A record under another scheme may be claimable with the fingerprint of that scheme, and
+        // may have changed when it is asked for again. Each turn is one atomic claim; a key that
+        // changes this often is in flight.
+        for _ in 0..4 {
+            let record = match self.claim(&claim).await {
+                Ok(Claimed::Granted(record)) => {
+                    return Admission::Run(self.granted(call, &claim, &record));
+                }
+                Ok(Claimed::Found(record)) => record,
+                Err(error) => return self.outage(call, &claim, &error),
+            };
+            let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
+                true => claim.fingerprint.clone(),
+                false => match under_scheme(&record.fingerprint.scheme) {
+                    Some(fingerprint) => fingerprint,
+                    None => {
+                        let refusal = Refusal::new(RefusalKind::RecordUnreadable);
+                        return self.refuse(call, refusal.about(record.operation_id), None);
+                    }
+                },
+            };
+            let asked = Asked {
+                same: ours == record.fingerprint,
+                issued_only: false,
+                on_unknown: call.policy.on_unknown,
+            };
+            let kind = match decide(record.seen(), asked) {
+                Decision::Run => {
+                    claim.fingerprint = ours;
+                    continue;
+                }
+                Decision::Replay => return self.replay(call, &record),
+                Decision::NotReplayable => RefusalKind::NotReplayable,
+                Decision::InFlight => RefusalKind::InFlight,
+                Decision::Mismatch => RefusalKind::Mismatch,
+                Decision::UnknownOutcome | Decision::Recover => RefusalKind::UnknownOutcome,
+                Decision::UnknownKey => RefusalKind::UnknownKey,
+                Decision::ExpiredKey => RefusalKind::ExpiredKey,
+            };
+            return self.refuse(call, Refusal::new(kind).about(record.operation_id), None);
+        }
+        self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+    }
+
+    /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
+    async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        let deadline = Instant::now() + self.limits.store_timeout;
+        match self.ask(self.store.claim(claim)).await {
+            Err(error) if error.kind().is_transient() && Instant::now() < deadline => {
+                self.ask(self.store.claim(claim)).await
+            }
+            answer => answer,
+        }
+    }
+
+    fn granted(self: &Arc<Self>, call: &Call, claim: &Claim, record: &Record) -> Run {
+        let attempt = Attempt::new(record.operation_id, record.attempt);
+        self.leases.hold(self, claim.key, claim.token, claim.lease, &claim.operation, &attempt);
+        Run {
+            held: Held { shared: Arc::clone(self), token: claim.token },
+            key: claim.key,
+            ttl: call.policy.ttl,
+            lease: call.policy.lease,
+            operation: Arc::clone(&claim.operation),
+            fingerprint: claim.fingerprint.clone(),
+            attempt,
+        }
+    }
+
+    fn replay(&self, call: &Call, record: &Record) -> Admission {
+        match RecordedResponse::decode(&record.payload) {
+            Ok(response) => Admission::Replay { response, operation_id: record.operation_id },
+            Err(corrupt) => {
+                let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
+                let refusal = Refusal::new(RefusalKind::RecordUnreadable);
+                self.refuse(call, refusal.about(record.operation_id), Some(&error))
+            }
+        }
+    }
+
+    fn refuse(&self, call: &Call, refusal: Refusal, error: Option<&StoreError>) -> Admission {
+        self.observer.observe(&Event {
+            outcome: Outcome::Refused(refusal.kind()),
+            operation: &call.operation,
+            operation_id: refusal.operation_id(),
+            attempt: None,
+            error,
+            enforced: call.policy.mode == crate::policy::Mode::Enforce,
+        });
+        Admission::Refuse(refusal)
+    }
+
+    /// The claim failed. It may have been granted all the same, so it is released in the
+    /// background: the next request need not wait for the lease to end.
+    fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: &StoreError) -> Admission {
+        if error.kind().is_transient() {
+            let (shared, key, token) = (Arc::clone(self), claim.key, claim.token);
+            let give_up = Instant::now() + claim.lease;
+            self.go_on(&Handle::current(), async move {
+                let _ = shared.write(give_up, || shared.store.release(&key, &token)).await;
+            });
+        }
+        let kind = match error.kind() {
+            StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
+            StoreErrorKind::Newer | StoreErrorKind::Corrupt => RefusalKind::RecordUnreadable,
+            StoreErrorKind::Unreachable | StoreErrorKind::TimedOut | StoreErrorKind::Refused => {
+                RefusalKind::StoreUnavailable
+            }
+        };
+        // An unreadable record may be a completed one: running over it is what idem exists to
+        // prevent, whatever the policy says of outages.
+        let open = call.policy.store_outage == crate::policy::StoreOutage::Open
+            && kind != RefusalKind::RecordUnreadable;
+        if open {
+            self.tell(&call.operation, None, Outcome::Unprotected, Some(error));
+            return Admission::Unprotected;
+        }
+        self.refuse(call, Refusal::new(kind), Some(error))
+    }
+
+    /// Writes the end of a claim until the store has answered or the time is over.
+    async fn write<'a>(
+        &self,
+        give_up: Instant,
+        attempt: impl Fn() -> BoxFuture<'a, Result<Written, StoreError>>,
+    ) -> Result<Written, StoreError> {
+        let mut pauses = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(25))
+            .with_max_delay(Duration::from_secs(10))
+            .with_jitter()
+            .without_max_times()
+            .build();
+        loop {
+            let error = match self.ask(attempt()).await {
+                Ok(written) => return Ok(written),
+                Err(error) => error,
+            };
+            // Trying the same again cannot make it smaller.
+            if error.kind() == StoreErrorKind::TooLarge {
+                return Err(error);
+            }
+            match pauses.next() {
+                Some(pause) if Instant::now() + pause < give_up => tokio::time::sleep(pause).await,
+                _ => return Err(error),
+            }
+        }
+    }
+}
+
+/// A held claim: letting it go leaves its lease to end by itself.
+struct Held {
+    shared: Arc<Shared>,
+    token: Token,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.shared.leases.let_go(&self.token);
+    }
+}
+
+/// The right to run, and the duty to say what came of it.
+///
+/// Dropped without an end, as in a crash, it leaves an unknown outcome once its lease is over.
+pub(crate) struct Run {
+    held: Held,
+    key: Key,
+    ttl: Ttl,
+    lease: Duration,
+    operation: Arc<str>,
+    fingerprint: Fingerprint,
+    pub(crate) attempt: Arc<Attempt>,
+}
+
+/// What came of a run.
+pub(crate) enum End {
+    /// This is its answer.
+    Complete(Bytes),
+    /// It was done, and its answer cannot be kept; the payload has no body.
+    Tombstone(Bytes),
+    /// Nobody knows whether its effect happened.
+    Release,
+    /// Nothing happened.
+    Forget,
+}
+
+/// What the owner may answer.
+pub(crate) enum Ended {
+    /// Its own response.
+    Own,
+    /// What another attempt recorded.
+    Theirs(RecordedResponse, OperationId),
+    /// That another attempt took over.
+    Lost,
+}
+
+impl Run {
+    /// Says what came of it. Returns when it is written, or when waiting for that has been long
+    /// enough: writing then goes on in the background, and the claim is held meanwhile.
+    pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
+        let shared = Arc::clone(&self.held.shared);
+        let (operation, attempt) = (Arc::clone(&self.operation), Arc::clone(&self.attempt));
+        let outcome = end.outcome();
+        let mut writing = self.write(end).boxed();
+        let (ended, outcome, error) = match timeout(shared.limits.record_wait, &mut writing).await {
+            Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
+            Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
+            Ok(Ok(Ended::Lost)) => {
+                (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None)
+            }
+            Ok(Err(error)) => (Ended::Own, Outcome::RecordLost, Some(error)),
+            Err(_) => {
+                shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));
+                (Ended::Own, Outcome::RecordDelayed, None)
+            }
+        };
+        shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
+        (ended, outcome)
+    }
+
+    async fn write(self, end: End) -> Result<Ended, StoreError> {
+        let (shared, token) = (&self.held.shared, self.held.token);
+        let (now, key) = (Instant::now(), self.key);
+        let time_is_over = match self.ttl {
+            Ttl::For(ttl) => now.checked_add(ttl),
+            Ttl::Forever => None,
+        };
+        let time_is_over = time_is_over.unwrap_or_else(|| now + FOR_EVER);
+        let nothing_happened = matches!(end, End::Forget);
+        let written = match end {
+            End::Complete(payload) => {
+                let whole = self.completion(Flags::NONE, payload);
+                match shared.write(time_is_over, || shared.store.complete(&whole)).await {
+                    Err(error) if error.kind() == StoreErrorKind::TooLarge => {
+                        let fact = self.completion(Flags::TOMBSTONE, without_body(&whole.payload));
+                        shared.write(time_is_over, || shared.store.complete(&fact)).await
+                    }
+                    written => written,
+                }
+            }
+            End::Tombstone(payload) => {
+                let fact = self.completion(Flags::TOMBSTONE, payload);
+                shared.write(time_is_over, || shared.store.complete(&fact)).await
+            }
+            // A claim that is to be given up is not renewed: if the store does not hear of it, the
+            // end of the lease says the same.
+            End::Release => {
+                shared.leases.let_go(&token);
+                shared.write(now + self.lease, || shared.store.release(&key, &token)).await
+            }
+            End::Forget => {
+                shared.leases.let_go(&token);
+                shared.write(time_is_over, || shared.store.forget(&key, &token)).await
+            }
+        }?;
+        Ok(match written {
+            Written::Done => Ended::Own,
+            Written::Gone if nothing_happened => Ended::Own,
+            Written::Gone => Ended::Lost,
+            Written::Fenced(record) => self.theirs(&record),
+        })
+    }
+
+    fn completion(&self, flags: Flags, payload: Bytes) -> Completion {
+        let (key, token, ttl) = (self.key, self.held.token, self.ttl);
+        Completion { key, token, ttl, flags, payload, format: FORMAT }
+    }
+
+    /// The answer of whoever took the claim over, if it answered the same request and is there.
+    fn theirs(&self, record: &Record) -> Ended {
+        let answered = record.state == State::Completed
+            && record.fingerprint == self.fingerprint
+            && !record.flags.contains(Flags::TOMBSTONE);
+        match RecordedResponse::decode(&record.payload) {
+            Ok(response) if answered => Ended::Theirs(response, record.operation_id),
+            _ => Ended::Lost,
+        }
+    }
+}
+
+/// Longer than any process runs.
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// A response's payload with nothing but its status.
+fn without_body(payload: &Bytes) -> Bytes {
+    let status = RecordedResponse::decode(payload).map_or(200, |response| response.status);
+    RecordedResponse::encode(status, &[], b"")
+}
+
+impl End {
+    const fn outcome(&self) -> Outcome {
+        match self {
+            Self::Complete(_) => Outcome::Recorded,
+            Self::Tombstone(_) => Outcome::Tombstoned,
+            Self::Release => Outcome::Released,
+            Self::Forget => Outcome::Forgotten,
+        }
+    }
+}
+
+impl Shared {
+    /// Goes on writing the end of a claim that nobody waits for any more.
+    fn write_later(
+        self: &Arc<Self>,
+        writing: BoxFuture<'static, Result<Ended, StoreError>>,
+        operation: Arc<str>,
+        attempt: Arc<Attempt>,
+    ) {
+        let shared = Arc::clone(self);
+        self.go_on(&Handle::current(), async move {
+            let (outcome, error) = match writing.await {
+                Ok(Ended::Own) => (Outcome::RecordCaughtUp, None),
+                Ok(Ended::Theirs(..) | Ended::Lost) => (Outcome::LeaseLost, None),
+                Err(error) => (Outcome::RecordLost, Some(error)),
+            };
+            shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
+        });
+    }
+}

@@ -1,0 +1,329 @@
+//! Policies: what an application says of a handler, an anchor or the whole engine.
+//!
+//! What a handler does not say comes from its anchor, then from the engine, then from the defaults.
+
+use std::{fmt, time::Duration};
+
+use crate::{
+    anchor::{Anchor, Format, Scope},
+    decision::OnUnknown,
+    fingerprint::FingerprintScheme,
+    record::Ttl,
+    refusal::Refusals,
+};
+
+/// How a handler is idempotent: its anchor and whatever it says beside it.
+///
+/// `#[idempotent(…)]` makes one from its options; for handlers without the macro it is written out
+/// and given to [`idempotent`](crate::IdempotentExt::idempotent).
+///
+/// ```
+/// use std::time::Duration;
+/// use idem_runtime::{Anchor, Policy, Recording};
+///
+/// const PAYMENTS: Policy = Policy::new(Anchor::header("Idempotency-Key"))
+///     .ttl(Duration::from_secs(60 * 60))
+///     .record(Recording::Final);
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    pub(crate) anchor: Anchor,
+    pub(crate) options: Options,
+}
+
+impl Policy {
+    /// The policy that says no more than its anchor does.
+    pub const fn new(anchor: Anchor) -> Self {
+        Self { anchor, options: Options::NONE }
+    }
+
+    /// Checks each value of the anchor and brings it into one canonical form.
+    #[must_use]
+    pub const fn format(mut self, format: Format) -> Self {
+        self.anchor.format = Some(format);
+        self
+    }
+}
+
+impl From<Anchor> for Policy {
+    fn from(anchor: Anchor) -> Self {
+        Self::new(anchor)
+    }
+}
+
+/// Everything that may be said in more than one place; `None` is "not said here".
+#[derive(Clone, Copy)]
+pub(crate) struct Options {
+    pub(crate) ttl: Option<Ttl>,
+    pub(crate) scope: Option<Scope>,
+    pub(crate) space: Option<&'static str>,
+    pub(crate) optional: Option<bool>,
+    pub(crate) fingerprint: Option<FingerprintScheme>,
+    pub(crate) record: Option<Recording>,
+    pub(crate) in_flight: Option<InFlight>,
+    pub(crate) on_unknown: Option<OnUnknown>,
+    pub(crate) lease: Option<Duration>,
+    pub(crate) refusals: Option<&'static dyn Refusals>,
+    pub(crate) mode: Option<Mode>,
+    pub(crate) store_outage: Option<StoreOutage>,
+}
+
+impl Options {
+    pub(crate) const NONE: Self = Self {
+        ttl: None,
+        scope: None,
+        space: None,
+        optional: None,
+        fingerprint: None,
+        record: None,
+        in_flight: None,
+        on_unknown: None,
+        lease: None,
+        refusals: None,
+        mode: None,
+        store_outage: None,
+    };
+
+    /// What is said here, and `other` where nothing is.
+    fn or(self, other: Self) -> Self {
+        Self {
+            ttl: self.ttl.or(other.ttl),
+            scope: self.scope.or(other.scope),
+            space: self.space.or(other.space),
+            optional: self.optional.or(other.optional),
+            fingerprint: self.fingerprint.or(other.fingerprint),
+            record: self.record.or(other.record),
+            in_flight: self.in_flight.or(other.in_flight),
+            on_unknown: self.on_unknown.or(other.on_unknown),
+            lease: self.lease.or(other.lease),
+            refusals: self.refusals.or(other.refusals),
+            mode: self.mode.or(other.mode),
+            store_outage: self.store_outage.or(other.store_outage),
+        }
+    }
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options")
+            .field("ttl", &self.ttl)
+            .field("scope", &self.scope)
+            .field("space", &self.space)
+            .field("fingerprint", &self.fingerprint)
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The words that handlers and engines share, each with one meaning.
+macro_rules! shared_options {
+    ($($type:ty: $($constness:ident)?;)*) => {$(
+        impl $type {
+            /// How long a recorded answer is replayed, counted from when it was recorded. A replay
+            /// does not extend it. Default: 24 hours.
+            #[must_use]
+            pub $($constness)? fn ttl(mut self, ttl: Duration) -> Self {
+                self.options.ttl = Some(Ttl::For(ttl));
+                self
+            }
+
+            /// A recorded answer is replayed for ever.
+            #[must_use]
+            pub $($constness)? fn forever(mut self) -> Self {
+                self.options.ttl = Some(Ttl::Forever);
+                self
+            }
+
+            /// Within what a key is unique: handlers that name the same space share their keys.
+            /// Default: each operation is a space of its own.
+            #[must_use]
+            pub $($constness)? fn space(mut self, name: &'static str) -> Self {
+                self.options.space = Some(name);
+                self
+            }
+
+            /// Without a key the handler runs as plain axum. Default: such a request is refused.
+            #[must_use]
+            pub $($constness)? fn optional(mut self) -> Self {
+                self.options.optional = Some(true);
+                self
+            }
+
+            /// What makes two requests the same. Default: query string and body, byte for byte.
+            #[must_use]
+            pub $($constness)? fn fingerprint(mut self, scheme: FingerprintScheme) -> Self {
+                self.options.fingerprint = Some(scheme);
+                self
+            }
+
+            /// Which answers are recorded. Default: successes.
+            #[must_use]
+            pub $($constness)? fn record(mut self, recording: Recording) -> Self {
+                self.options.record = Some(recording);
+                self
+            }
+
+            /// What becomes of a duplicate of a running request. Default: it is refused at once.
+            #[must_use]
+            pub $($constness)? fn in_flight(mut self, in_flight: InFlight) -> Self {
+                self.options.in_flight = Some(in_flight);
+                self
+            }
+
+            /// For how long a claim holds without being renewed: after a crash, the key is free
+            /// again after this time. Running handlers renew it, so it bounds no handler. Default:
+            /// 30 seconds.
+            #[must_use]
+            pub $($constness)? fn lease(mut self, lease: Duration) -> Self {
+                self.options.lease = Some(lease);
+                self
+            }
+
+            /// Whether refusals and replays are carried out or only observed. Default: carried out.
+            #[must_use]
+            pub $($constness)? fn mode(mut self, mode: Mode) -> Self {
+                self.options.mode = Some(mode);
+                self
+            }
+
+            /// What becomes of a request while the store cannot be reached. Default: it is refused
+            /// and does not run.
+            #[must_use]
+            pub $($constness)? fn store_outage(mut self, outage: StoreOutage) -> Self {
+                self.options.store_outage = Some(outage);
+                self
+            }
+        }
+    )*};
+}
+
+shared_options! {
+    Policy: const;
+    crate::engine::Builder<crate::engine::Unscoped>: ;
+    crate::engine::Builder<crate::engine::Scoped>: ;
+}
+
+impl Policy {
+    /// Whose the key is. Default: the engine's scope.
+    #[must_use]
+    pub const fn scope(mut self, scope: Scope) -> Self {
+        self.options.scope = Some(scope);
+        self
+    }
+
+    /// Gives refusals another shape. Default: the engine's.
+    #[must_use]
+    pub const fn refusals(mut self, refusals: &'static dyn Refusals) -> Self {
+        self.options.refusals = Some(refusals);
+        self
+    }
+
+    #[doc(hidden)]
+    #[must_use]
+    pub const fn on_unknown(mut self, on_unknown: OnUnknown) -> Self {
+        self.options.on_unknown = Some(on_unknown);
+        self
+    }
+
+    /// This policy over an engine's, over the defaults.
+    pub(crate) fn resolve(&self, engine: &Options, engine_scope: Scope) -> Resolved {
+        let said = self.options.or(self.anchor.options).or(*engine);
+        Resolved {
+            anchor: self.anchor,
+            ttl: said.ttl.unwrap_or(DEFAULT_TTL),
+            scope: said.scope.unwrap_or(engine_scope),
+            space: said.space,
+            optional: said.optional.unwrap_or(false),
+            fingerprint: said.fingerprint.unwrap_or(FingerprintScheme::request()),
+            record: said.record.unwrap_or_default(),
+            on_unknown: said.on_unknown.unwrap_or_default(),
+            lease: said.lease.unwrap_or(DEFAULT_LEASE).max(SHORTEST_LEASE),
+            refusals: said.refusals,
+            mode: said.mode.unwrap_or_default(),
+            store_outage: said.store_outage.unwrap_or_default(),
+        }
+    }
+}
+
+const DEFAULT_TTL: Ttl = Ttl::For(Duration::from_secs(24 * 60 * 60));
+const DEFAULT_LEASE: Duration = Duration::from_secs(30);
+/// Below this a renewal could not arrive in time.
+const SHORTEST_LEASE: Duration = Duration::from_millis(100);
+
+/// A policy in which everything is said.
+#[derive(Clone, Copy)]
+pub(crate) struct Resolved {
+    pub(crate) anchor: Anchor,
+    pub(crate) ttl: Ttl,
+    pub(crate) scope: Scope,
+    pub(crate) space: Option<&'static str>,
+    pub(crate) optional: bool,
+    pub(crate) fingerprint: FingerprintScheme,
+    pub(crate) record: Recording,
+    pub(crate) on_unknown: OnUnknown,
+    pub(crate) lease: Duration,
+    pub(crate) refusals: Option<&'static dyn Refusals>,
+    pub(crate) mode: Mode,
+    pub(crate) store_outage: StoreOutage,
+}
+
+/// Which answers are recorded and replayed.
+///
+/// What is not recorded is either *nothing happened* (a 4xx: the key is free again and the next
+/// request with it starts afresh) or an *unknown outcome* (a 5xx, a 408, a panic: the claim is
+/// released, and a retry runs under the same operation id).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Recording {
+    /// 2xx and 3xx.
+    #[default]
+    Success,
+    /// Everything but 401, 403, 408, 425, 429 and 5xx, which say that trying again may help.
+    Final,
+    /// Everything.
+    All,
+}
+
+impl Recording {
+    pub(crate) fn covers(self, status: u16) -> bool {
+        match self {
+            Self::Success => (200..400).contains(&status),
+            Self::Final => !matches!(status, 401 | 403 | 408 | 425 | 429 | 500..),
+            Self::All => true,
+        }
+    }
+}
+
+/// What becomes of a duplicate while the original runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum InFlight {
+    /// It is refused at once, with `Retry-After`.
+    #[default]
+    Reject,
+}
+
+/// How much of idem is in force, for introducing it into a running service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Mode {
+    /// Everything.
+    #[default]
+    Enforce,
+    /// Keys are claimed and answers recorded, but nothing is refused or replayed: the handler
+    /// always runs, and the observer hears what would have happened.
+    Observe,
+    /// Nothing: the handler runs as plain axum and the store is not asked.
+    Off,
+}
+
+/// What becomes of a request while the store cannot be asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoreOutage {
+    /// It is refused: nothing runs without protection.
+    #[default]
+    Closed,
+    /// It runs without protection.
+    Open,
+}
