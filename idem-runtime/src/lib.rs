@@ -9,4 +9,6 @@ pub mod testing;
 
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
 pub use key::{Key, OperationId, ScopeDigest, Token, Values};
-pub use record::{CorruptPayload, FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl};
+pub use record::{
+    CorruptPayload, FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl,
+};

@@ -179,9 +179,9 @@ impl RecordedResponse {
         headers: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone,
         body: &[u8],
     ) -> Bytes {
-        let (count, size) = headers
-            .clone()
-            .fold((0u32, 0), |(count, size), (name, value)| (count + 1, size + 8 + name.len() + value.len()));
+        let (count, size) = headers.clone().fold((0u32, 0), |(count, size), (name, value)| {
+            (count + 1, size + 8 + name.len() + value.len())
+        });
         let mut out = BytesMut::with_capacity(7 + size + body.len());
         out.put_u8(RESPONSE);
         out.put_u16(status);
