@@ -10,6 +10,7 @@
 
 mod clock;
 mod memory;
+mod row;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 
@@ -18,7 +19,7 @@ use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
-pub use self::clock::Clock;
+pub use self::clock::{Clock, ManualClock};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
@@ -44,7 +45,8 @@ use crate::{
 ///    operation id that the claimant proposed.
 /// 2. `one_of_many_racing_claims_wins`: of any number of claims at once, exactly one is granted.
 /// 3. `claiming_twice_with_one_token_is_one_claim`: asking again under the token that holds the
-///    claim is granted again, with the same attempt, and renews the lease.
+///    claim is granted again, with the same attempt, and renews the lease (whether or not it is
+///    over, and without shortening it).
 /// 4. `a_refused_claim_changes_nothing`: whoever is not granted gets the record as it is.
 /// 5. `a_claim_follows_the_decision`: a claim on an existing record is granted exactly when
 ///    [`decide`](crate::decide) says [`Run`](crate::Decision::Run); fingerprints of different
@@ -59,7 +61,8 @@ use crate::{
 ///    operation id and attempt come back as they were written.
 /// 9. `completing_happens_once`: a second completion under the same token is
 ///    [`Done`](Written::Done) and changes nothing, since the first one's answer may have been lost;
-///    release and forget after it change nothing either.
+///    releasing and forgetting after it change nothing either and answer
+///    [`Fenced`](Written::Fenced).
 /// 10. `a_late_owner_completes_if_nobody_claimed_since`: the lease's end alone takes nothing away.
 /// 11. `a_fenced_owner_changes_nothing`: under a token that another claim has replaced, completing,
 ///     releasing and forgetting answer [`Fenced`](Written::Fenced) with the record as it is.
@@ -77,7 +80,8 @@ use crate::{
 /// 16. `time_to_live_counts_from_completion`: and reading or refusing does not extend it.
 /// 17. `an_unfinished_record_is_kept_for_its_time_to_live`: counted from its last claim, and never
 ///     for the lease only; a running record whose lease is alive outlives even that.
-/// 18. `expired_records_are_gone_before_any_sweep`: for readers and for claims.
+/// 18. `expired_records_are_gone_before_any_sweep`: for readers, for claims (which start afresh) and
+///    for ending or renewing a claim.
 /// 19. `for_ever_has_no_end`.
 /// 20. `sweeping_leaves_the_living`: it removes what is over and nothing else, at most as many as
 ///     it was told, also when two processes sweep while claims arrive.
@@ -134,10 +138,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// When the store cannot answer; some leases may then have been extended.
-    fn renew<'a>(
-        &'a self,
-        claims: &'a [Renewal],
-    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>>;
+    fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>>;
 
     /// Reads a record without touching it.
     ///
@@ -207,6 +208,10 @@ pub struct Completion {
 }
 
 /// A store's answer to the end of a claim.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "an answer lives for one match; a box would cost each fenced owner an allocation"
+)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Written {
     /// It is written, now or by an earlier call of the same kind whose answer was lost.

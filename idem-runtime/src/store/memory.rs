@@ -1,0 +1,445 @@
+//! Records in this process's memory.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use futures_util::future::BoxFuture;
+use hashbrown::{HashTable, hash_table::Entry as Place};
+
+use super::{
+    Claim, Claimed, Clock, Completion, Renewal, Store, StoreError, StoreErrorKind, Written,
+    clock::{Millis, NEVER},
+    row::{Ended, Row, found},
+};
+use crate::{
+    key::{Key, Token},
+    record::{FORMAT, Record},
+};
+
+/// The name of this store in errors.
+const NAME: &str = "memory";
+/// A power of two well above the number of threads that a server has, so that two of them rarely
+/// meet at one lock.
+const SHARDS: usize = 64;
+/// How many due entries an insertion works off: more than it adds, so that they cannot pile up.
+const STEPS_AN_INSERTION: usize = 2;
+/// How many due entries are worked off under one lock: a pause of some tens of microseconds.
+const STEPS_A_LOCK: usize = 128;
+
+/// A store in this process's memory: for tests, and for single processes that may forget at a
+/// restart.
+///
+/// It protects against retries that reach **this** process while it lives. Two replicas do not see
+/// each other's records, and a restart forgets all of them: where a repetition costs money, use a
+/// durable store.
+///
+/// It is bounded by a number of records and by a number of bytes
+/// ([`MemoryStoreBuilder::max_records`], [`MemoryStoreBuilder::max_bytes`]). Nothing that is not
+/// expired is ever dropped to make room, since a dropped record is an operation that runs twice: at
+/// a bound, claims on new keys are refused with [`StoreErrorKind::Full`]. What is already claimed
+/// can always be completed.
+///
+/// A clone is another handle to the same records.
+///
+/// ```
+/// use idem_runtime::store::MemoryStore;
+///
+/// let store = MemoryStore::builder().max_records(10_000).build();
+/// # drop(store);
+/// ```
+#[derive(Clone)]
+pub struct MemoryStore(Arc<Shared>);
+
+struct Shared {
+    shards: Box<[Mutex<Shard>]>,
+    clock: Clock,
+    max_records: usize,
+    max_bytes: usize,
+    records: AtomicUsize,
+    bytes: AtomicUsize,
+    /// Where the next sweep begins, so that a bounded one does not see the same shards each time.
+    next_swept: AtomicUsize,
+}
+
+/// How a [`MemoryStore`] is made.
+#[derive(Debug)]
+#[must_use = "a builder makes nothing until `build` is called"]
+pub struct MemoryStoreBuilder {
+    max_records: usize,
+    max_bytes: usize,
+    clock: Option<Clock>,
+}
+
+impl MemoryStoreBuilder {
+    /// At most this many records at a time. By default 1,000,000: eleven new keys a second, each
+    /// kept for a day.
+    pub fn max_records(mut self, records: usize) -> Self {
+        self.max_records = records;
+        self
+    }
+
+    /// No new keys while the records take more than about this many bytes. By default 512 MiB:
+    /// those million records with responses of 250 bytes each.
+    ///
+    /// What is counted is the records themselves, without the allocator's own share. Responses to claims that were granted before are recorded beyond this bound, since refusing
+    /// them would repeat what has already happened.
+    pub fn max_bytes(mut self, bytes: usize) -> Self {
+        self.max_bytes = bytes;
+        self
+    }
+
+    /// Goes by this clock instead of [`Clock::monotonic`].
+    pub fn clock(mut self, clock: impl Into<Clock>) -> Self {
+        self.clock = Some(clock.into());
+        self
+    }
+
+    /// Makes the store.
+    pub fn build(self) -> MemoryStore {
+        MemoryStore(Arc::new(Shared {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            clock: self.clock.unwrap_or_else(Clock::monotonic),
+            max_records: self.max_records,
+            max_bytes: self.max_bytes,
+            records: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            next_swept: AtomicUsize::new(0),
+        }))
+    }
+}
+
+impl MemoryStore {
+    /// An empty store with the default bounds.
+    pub fn new() -> Self {
+        Self::builder().build()
+    }
+
+    /// A store with other bounds or another clock.
+    pub fn builder() -> MemoryStoreBuilder {
+        MemoryStoreBuilder { max_records: 1_000_000, max_bytes: 512 << 20, clock: None }
+    }
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore")
+            .field("records", &self.0.records.load(Ordering::Relaxed))
+            .field("bytes", &self.0.bytes.load(Ordering::Relaxed))
+            .finish_non_exhaustive()
+    }
+}
+
+/// One part of the keys.
+#[derive(Default)]
+struct Shard {
+    entries: HashTable<Box<Entry>>,
+    /// When entries are to be looked at, soonest first: at their `due`, by their hash. What is no
+    /// longer the due of any entry is stale and ignored.
+    due: BinaryHeap<Reverse<(Millis, u64)>>,
+}
+
+/// A row and the moment at which the heap brings it up: never after the row is over, but maybe
+/// before, since a row whose end moves away is only put back when it comes up.
+struct Entry {
+    due: Millis,
+    row: Row,
+}
+
+/// What working off due entries came to.
+struct Expired {
+    removed: usize,
+    /// Whether more entries are due.
+    more: bool,
+}
+
+/// The hash of a key: it is a digest, and any eight bytes of it are as good as a hash can be.
+fn hash(key: &Key) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *key.as_bytes();
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
+impl Entry {
+    /// About how many bytes it takes.
+    fn weight(&self) -> usize {
+        let Row { operation, fingerprint, payload, .. } = &self.row;
+        size_of::<Self>() + operation.len() + fingerprint.scheme.len() + payload.len()
+    }
+}
+
+impl Shard {
+    fn find(&self, key: &Key) -> Option<&Row> {
+        self.entries.find(hash(key), |entry| entry.row.key == *key).map(|entry| &entry.row)
+    }
+
+    /// Sees to it that an entry comes up in time, after its row has changed.
+    fn schedule(due: &mut BinaryHeap<Reverse<(Millis, u64)>>, entry: &mut Entry) {
+        if entry.row.kept_until < entry.due {
+            entry.due = entry.row.kept_until;
+            due.push(Reverse((entry.due, hash(&entry.row.key))));
+        }
+    }
+
+    /// Forgets what the heap says of entries that are gone, once that is the larger part of it.
+    fn compact(&mut self) {
+        if self.due.len() > 2 * self.entries.len() + STEPS_A_LOCK {
+            let live = self.entries.iter().filter(|entry| entry.due != NEVER);
+            self.due = live.map(|entry| Reverse((entry.due, hash(&entry.row.key)))).collect();
+        }
+    }
+}
+
+impl Shared {
+    fn shard(&self, key: &Key) -> MutexGuard<'_, Shard> {
+        // A byte that is no part of the hash.
+        lock(&self.shards[usize::from(key.as_bytes()[8]) % SHARDS])
+    }
+
+    /// Takes the place of one more record, if there is any.
+    fn reserve(&self) -> bool {
+        let one_more = |records| (records < self.max_records).then_some(records + 1);
+        self.bytes.load(Ordering::Relaxed) < self.max_bytes
+            && self.records.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    /// Counts an entry's weight anew after a change.
+    fn reweigh(&self, before: usize, after: usize) {
+        // Wrapping, so that adding a negative difference subtracts.
+        self.bytes.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    fn discard(&self, entry: &Entry) {
+        self.records.fetch_sub(1, Ordering::Relaxed);
+        self.reweigh(entry.weight(), 0);
+    }
+
+    fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        match self.try_claim(claim) {
+            Err(StoreErrorKind::Full) => {
+                // Something may have expired in any shard. None is locked here: two claims that
+                // each held their own and waited for the other's would wait for ever.
+                self.sweep(STEPS_A_LOCK);
+                self.try_claim(claim)
+            }
+            answer => answer,
+        }
+        .map_err(|kind| StoreError::new(NAME, kind))
+    }
+
+    fn try_claim(&self, claim: &Claim) -> Result<Claimed, StoreErrorKind> {
+        let mut shard = self.shard(&claim.key);
+        let now = self.clock.now();
+        let Shard { entries, due } = &mut *shard;
+        let place = entries.entry(
+            hash(&claim.key),
+            |entry| entry.row.key == claim.key,
+            |entry| hash(&entry.row.key),
+        );
+        match place {
+            Place::Occupied(mut place) => {
+                let entry = place.get_mut();
+                let before = entry.weight();
+                let claimed = if found(Some(&entry.row), claim.format, now)?.is_some() {
+                    entry.row.claim(claim, now)
+                } else {
+                    entry.row = Row::fresh(claim, now);
+                    Claimed::Granted(entry.row.record(now))
+                };
+                self.reweigh(before, entry.weight());
+                Shard::schedule(due, entry);
+                Ok(claimed)
+            }
+            Place::Vacant(place) => {
+                if !self.reserve() {
+                    return Err(StoreErrorKind::Full);
+                }
+                let mut entry = Box::new(Entry { due: NEVER, row: Row::fresh(claim, now) });
+                self.reweigh(0, entry.weight());
+                Shard::schedule(due, &mut entry);
+                let record = entry.row.record(now);
+                place.insert(entry);
+                self.expire(&mut shard, now, STEPS_AN_INSERTION);
+                Ok(Claimed::Granted(record))
+            }
+        }
+    }
+
+    /// Ends a claim as `end` says.
+    fn end(
+        &self,
+        key: &Key,
+        format: u16,
+        end: impl FnOnce(&mut Row, Millis) -> Ended,
+    ) -> Result<Written, StoreError> {
+        let mut shard = self.shard(key);
+        let now = self.clock.now();
+        let Shard { entries, due } = &mut *shard;
+        let Ok(mut place) = entries.find_entry(hash(key), |entry| entry.row.key == *key) else {
+            return Ok(Written::Gone);
+        };
+        let entry = place.get_mut();
+        if found(Some(&entry.row), format, now)
+            .map_err(|kind| StoreError::new(NAME, kind))?
+            .is_none()
+        {
+            return Ok(Written::Gone);
+        }
+        let before = entry.weight();
+        Ok(match end(&mut entry.row, now) {
+            Ended::Changed => {
+                self.reweigh(before, entry.weight());
+                Shard::schedule(due, entry);
+                Written::Done
+            }
+            Ended::Removed => {
+                let (entry, _) = place.remove();
+                self.discard(&entry);
+                shard.compact();
+                Written::Done
+            }
+            Ended::Already => Written::Done,
+            Ended::Fenced => Written::Fenced(entry.row.record(now)),
+        })
+    }
+
+    fn renew(&self, renewal: &Renewal) -> bool {
+        let mut shard = self.shard(&renewal.key);
+        let now = self.clock.now();
+        let row = shard
+            .entries
+            .find_mut(hash(&renewal.key), |entry| entry.row.key == renewal.key)
+            .map(|entry| &mut entry.row);
+        match row {
+            // Its end can only move away, which the heap need not know yet.
+            Some(row) if matches!(found(Some(row), FORMAT, now), Ok(Some(_))) => {
+                row.renew(renewal, now)
+            }
+            _ => false,
+        }
+    }
+
+    fn read(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        let shard = self.shard(key);
+        let now = self.clock.now();
+        match found(shard.find(key), FORMAT, now) {
+            Ok(row) => Ok(row.map(|row| row.record(now))),
+            Err(kind) => Err(StoreError::new(NAME, kind)),
+        }
+    }
+
+    fn sweep(&self, limit: usize) -> usize {
+        let first = self.next_swept.fetch_add(1, Ordering::Relaxed);
+        let mut removed = 0;
+        for shard in 0..SHARDS {
+            let shard = &self.shards[first.wrapping_add(shard) % SHARDS];
+            while removed < limit {
+                let mut shard = lock(shard);
+                // Taken under the lock: time that passes while it is waited for counts.
+                let now = self.clock.now();
+                let expired = self.expire(&mut shard, now, STEPS_A_LOCK.min(limit - removed));
+                removed += expired.removed;
+                if !expired.more {
+                    break;
+                }
+            }
+        }
+        removed
+    }
+
+    /// Works off at most so many of a shard's due entries.
+    fn expire(&self, shard: &mut Shard, now: Millis, steps: usize) -> Expired {
+        let is_due =
+            |shard: &Shard| matches!(shard.due.peek(), Some(Reverse((due, _))) if *due <= now);
+        let mut removed = 0;
+        for _ in 0..steps {
+            if !is_due(shard) {
+                break;
+            }
+            let Some(Reverse((due, hash))) = shard.due.pop() else { break };
+            // Of two rows with one hash and one due, the heap holds two entries alike: the first
+            // finds one of them and changes its due or removes it, the second finds the other.
+            let place = shard
+                .entries
+                .find_entry(hash, |entry| entry.due == due && self::hash(&entry.row.key) == hash);
+            let Ok(mut place) = place else { continue };
+            if place.get().row.is_over(now) {
+                let (entry, _) = place.remove();
+                self.discard(&entry);
+                removed += 1;
+                continue;
+            }
+            let entry = place.get_mut();
+            entry.due = NEVER;
+            // A row of a newer format is over for its own release only, and never comes up again.
+            if entry.row.kept_until > now {
+                Shard::schedule(&mut shard.due, entry);
+            }
+        }
+        shard.compact();
+        Expired { removed, more: is_due(shard) }
+    }
+}
+
+/// Locks a shard. A thread that panicked under the lock leaves it whole, since each change of an
+/// entry is complete before anything that could panic.
+fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Store for MemoryStore {
+    fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
+        Box::pin(async move { self.0.claim(claim) })
+    }
+
+    fn complete<'a>(
+        &'a self,
+        completion: &'a Completion,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move {
+            self.0.end(&completion.key, completion.format, |row, now| row.complete(completion, now))
+        })
+    }
+
+    fn release<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move { self.0.end(key, FORMAT, |row, now| row.release(*token, now)) })
+    }
+
+    fn forget<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move { self.0.end(key, FORMAT, |row, now| row.forget(*token, now)) })
+    }
+
+    fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        Box::pin(async move { Ok(claims.iter().map(|claim| self.0.renew(claim)).collect()) })
+    }
+
+    fn read<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Record>, StoreError>> {
+        Box::pin(async move { self.0.read(key) })
+    }
+
+    fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        Box::pin(async move { Ok(self.0.sweep(limit)) })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,239 @@
+//! A record in absolute time, and what claims and their ends do to it.
+//!
+//! The embedded stores keep rows of this type and change them only by these functions, inside
+//! whatever makes a step atomic for them: the laws of [`Store`](super::Store) hold by one piece of
+//! code. Every function either changes the row completely or leaves it as it was.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+
+use super::{
+    Claim, Claimed, Completion, Renewal, StoreErrorKind,
+    clock::{Millis, after, end_of, left, until},
+};
+use crate::{
+    decision::{Asked, Decision, decide},
+    key::{Key, OperationId, ScopeDigest, Token},
+    record::{FORMAT, Fingerprint, Flags, Record, State},
+};
+
+/// A [`Record`] whose times are instants of its store's clock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    pub(super) key: Key,
+    pub(super) scope: ScopeDigest,
+    pub(super) operation: Arc<str>,
+    pub(super) operation_id: OperationId,
+    pub(super) state: State,
+    pub(super) fingerprint: Fingerprint,
+    pub(super) token: Token,
+    pub(super) attempt: u32,
+    /// Without meaning unless it is running.
+    pub(super) lease_end: Millis,
+    pub(super) valid_until: Millis,
+    /// Never before `valid_until`, nor before the end of a lease.
+    pub(super) kept_until: Millis,
+    pub(super) created: Millis,
+    pub(super) format: u16,
+    pub(super) flags: Flags,
+    pub(super) payload: Bytes,
+}
+
+/// What the attempt to end a claim did to the row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// It changed it.
+    Changed,
+    /// Nothing: the same call had been made before.
+    Already,
+    /// Nothing is left to keep: the row is to be removed.
+    Removed,
+    /// Nothing: the key is not claimed under this token.
+    Fenced,
+}
+
+/// What a reader of a format finds: nothing once the row is over, whether or not it was swept.
+///
+/// A newer row is refused before its times are looked at, since only its own release knows what
+/// they mean.
+pub(super) fn found(
+    row: Option<&Row>,
+    format: u16,
+    now: Millis,
+) -> Result<Option<&Row>, StoreErrorKind> {
+    match row {
+        Some(row) if row.format > format => Err(StoreErrorKind::Newer),
+        Some(row) if row.kept_until <= now => Ok(None),
+        row => Ok(row),
+    }
+}
+
+impl Row {
+    /// The row of a first claim.
+    pub(super) fn fresh(claim: &Claim, now: Millis) -> Self {
+        let lease_end = after(now, claim.lease);
+        let end = end_of(now, claim.ttl).max(lease_end);
+        Self {
+            key: claim.key,
+            scope: claim.scope,
+            operation: Arc::clone(&claim.operation),
+            operation_id: claim.operation_id,
+            state: State::Running,
+            fingerprint: claim.fingerprint.clone(),
+            token: claim.token,
+            attempt: 1,
+            lease_end,
+            valid_until: end,
+            kept_until: end,
+            created: now,
+            format: claim.format,
+            flags: Flags::NONE,
+            payload: Bytes::new(),
+        }
+    }
+
+    /// Grants a claim on this row, or leaves the row as it is.
+    pub(super) fn claim(&mut self, claim: &Claim, now: Millis) -> Claimed {
+        if self.is_held_by(claim.token) {
+            self.hold(claim, now);
+            return Claimed::Granted(self.record(now));
+        }
+        let record = self.record(now);
+        let asked = Asked {
+            same: self.fingerprint == claim.fingerprint,
+            // Whether a key without a record may be used is the engine's to say; this one has one.
+            issued_only: false,
+            on_unknown: claim.on_unknown,
+        };
+        if decide(record.seen(), asked) != Decision::Run {
+            return Claimed::Found(record);
+        }
+        if self.state == State::Issued {
+            // What was issued is the key alone: its first user says what the operation is.
+            self.scope = claim.scope;
+            self.operation = Arc::clone(&claim.operation);
+            self.operation_id = claim.operation_id;
+            self.fingerprint = claim.fingerprint.clone();
+        }
+        self.state = State::Running;
+        self.token = claim.token;
+        self.attempt = self.attempt.saturating_add(1);
+        self.lease_end = now;
+        self.format = claim.format;
+        self.hold(claim, now);
+        Claimed::Granted(self.record(now))
+    }
+
+    /// Holds the row for a claim's lease, and keeps it for the claim's time to live.
+    fn hold(&mut self, claim: &Claim, now: Millis) {
+        if !self.flags.contains(Flags::ISSUED) {
+            self.valid_until = end_of(now, claim.ttl);
+            self.kept_until = self.valid_until;
+        }
+        self.extend(after(now, claim.lease));
+    }
+
+    /// Extends the lease, if it is still held under this token.
+    pub(super) fn renew(&mut self, renewal: &Renewal, now: Millis) -> bool {
+        let held = self.is_held_by(renewal.token);
+        if held {
+            self.extend(after(now, renewal.lease));
+        }
+        held
+    }
+
+    /// Lets the lease last until an instant at least, and the row as long as the lease.
+    fn extend(&mut self, lease_end: Millis) {
+        self.lease_end = self.lease_end.max(lease_end);
+        self.kept_until = self.kept_until.max(self.lease_end);
+        // An issued key's validity stays: a run that began in time may finish after it.
+        if !self.flags.contains(Flags::ISSUED) {
+            self.valid_until = self.valid_until.max(self.lease_end);
+        }
+    }
+
+    /// Records the answer.
+    pub(super) fn complete(&mut self, completion: &Completion, now: Millis) -> Ended {
+        if self.token == completion.token && self.state == State::Completed {
+            return Ended::Already;
+        }
+        if !self.is_held_by(completion.token) {
+            return Ended::Fenced;
+        }
+        self.state = State::Completed;
+        self.lease_end = now;
+        if !self.flags.contains(Flags::ISSUED) {
+            self.valid_until = end_of(now, completion.ttl);
+            self.kept_until = self.valid_until;
+        }
+        self.format = completion.format;
+        self.flags = Flags::from_bits(self.flags.bits() | completion.flags.bits());
+        self.payload = completion.payload.clone();
+        Ended::Changed
+    }
+
+    /// Gives the claim up.
+    pub(super) fn release(&mut self, token: Token, now: Millis) -> Ended {
+        if self.token == token && self.state == State::Released {
+            return Ended::Already;
+        }
+        if !self.is_held_by(token) {
+            return Ended::Fenced;
+        }
+        self.state = State::Released;
+        self.lease_end = now;
+        Ended::Changed
+    }
+
+    /// Undoes the claim, as if nothing had happened. An issued key goes back to being issued.
+    pub(super) fn forget(&mut self, token: Token, now: Millis) -> Ended {
+        let issued = self.flags.contains(Flags::ISSUED);
+        if issued && self.token == token && self.state == State::Issued {
+            return Ended::Already;
+        }
+        if !self.is_held_by(token) {
+            return Ended::Fenced;
+        }
+        if !issued {
+            return Ended::Removed;
+        }
+        self.state = State::Issued;
+        self.attempt = 0;
+        self.lease_end = now;
+        Ended::Changed
+    }
+
+    fn is_held_by(&self, token: Token) -> bool {
+        self.state == State::Running && self.token == token
+    }
+
+    /// Whether a sweep removes it: it is over, and this release understands it.
+    pub(super) fn is_over(&self, now: Millis) -> bool {
+        matches!(found(Some(self), FORMAT, now), Ok(None))
+    }
+
+    /// The record, with its times relative to now.
+    pub(super) fn record(&self, now: Millis) -> Record {
+        Record {
+            key: self.key,
+            scope: self.scope,
+            operation: Arc::clone(&self.operation),
+            operation_id: self.operation_id,
+            state: self.state,
+            fingerprint: self.fingerprint.clone(),
+            token: self.token,
+            attempt: self.attempt,
+            lease_left: match self.state {
+                State::Running => until(now, self.lease_end),
+                _ => Duration::ZERO,
+            },
+            valid_left: left(now, self.valid_until),
+            kept_left: left(now, self.kept_until),
+            age: until(self.created, now),
+            format: self.format,
+            flags: self.flags,
+            payload: self.payload.clone(),
+        }
+    }
+}
