@@ -24,13 +24,14 @@
 
 mod policy;
 
-use proc_macro2::{Ident, Span, TokenStream, TokenTree};
+use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::visit::{self, Visit};
 use syn::visit_mut::{self, VisitMut};
-use syn::{Attribute, Expr, GenericParam, Generics, Pat, PatIdent, Type};
+use syn::{Attribute, Expr, GenericParam, Generics, Pat, PatIdent, Type, WherePredicate};
 
 use crate::check::{Checked, CheckedHandler, Engine, Extractor, Part, Returns, Scope};
+use crate::handler::Body;
 
 /// What generated code trips over in crates that deny all of rustc's and
 /// clippy's lints: each is about a line that only we wrote.
@@ -292,10 +293,7 @@ impl<'a> Function<'a> {
             .map(|extractor| by_reference(&extractor.pattern));
         let values = self.names.iter().chain([&last]);
         let pushes = expressions.iter().map(|expression| {
-            let mut borrowed = proc_macro2::Group::new(
-                proc_macro2::Delimiter::Parenthesis,
-                expression.to_token_stream(),
-            );
+            let mut borrowed = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
             // From the first to the last token of the expression, which rustc
             // joins where it says that the value is no anchor.
             borrowed.set_span(at_end(expression));
@@ -323,7 +321,7 @@ impl<'a> Function<'a> {
             .flat_map(|extractor| &extractor.attributes);
         let inference = self.inference();
         let used = self.used_in_expressions();
-        let block = &handler.body;
+        let block = block(&handler.body);
         let arguments = handler.last.as_ref().map(|_| {
             quote_spanned! {here=>
                 // All of them move in: what a `_` stands for, such as a permit,
@@ -404,17 +402,31 @@ impl<'a> Function<'a> {
 /// The body may finish after the request is gone.
 fn outlive_the_request(generics: &mut Generics) {
     let here = Span::mixed_site();
-    let parameters: Vec<Ident> = generics
-        .type_params()
-        .map(|parameter| parameter.ident.clone())
-        .collect();
-    if parameters.is_empty() {
-        return;
+    let mut predicates: Vec<WherePredicate> = Vec::new();
+    for parameter in generics.type_params_mut() {
+        // Bounds in both places would be a complaint of clippy's.
+        if parameter.bounds.is_empty() {
+            let name = &parameter.ident;
+            predicates.push(syn::parse_quote_spanned!(here=> #name: 'static));
+        } else {
+            parameter
+                .bounds
+                .push(syn::parse_quote_spanned!(here=> 'static));
+        }
     }
-    let predicates = &mut generics.make_where_clause().predicates;
-    for parameter in parameters {
-        predicates.push(syn::parse_quote_spanned!(here=> #parameter: 'static));
+    if !predicates.is_empty() {
+        let clause = generics.make_where_clause();
+        clause.predicates.extend(predicates);
     }
+}
+
+/// The body as a block inside ours: items that it begins with stay where
+/// items may begin. The braces are where the user's are, but by their hygiene
+/// ours, or rustc would call them unnecessary.
+fn block(body: &Body) -> TokenTree {
+    let mut block = Group::new(Delimiter::Brace, body.tokens.clone());
+    block.set_span(Span::mixed_site().located_at(body.braces.span.join()));
+    block.into()
 }
 
 fn name_of(parameter: &GenericParam) -> Option<String> {

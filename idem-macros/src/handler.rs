@@ -4,7 +4,6 @@
 //! gets rustc's error about what they type and none of ours.
 
 use proc_macro2::{Ident, TokenStream};
-use quote::ToTokens;
 use syn::ext::IdentExt;
 use syn::parse::{ParseStream, Parser};
 use syn::{AttrStyle, Attribute, Path, Result, Signature, Token, Visibility, token};
@@ -20,17 +19,10 @@ pub(crate) struct Handler {
     pub(crate) undecorated: TokenStream,
 }
 
-/// A block with its own braces, so that rustc can point at them.
+/// What stands between the braces, and where they stand.
 pub(crate) struct Body {
-    braces: token::Brace,
-    tokens: TokenStream,
-}
-
-impl ToTokens for Body {
-    fn to_tokens(&self, tokens: &mut TokenStream) {
-        self.braces
-            .surround(tokens, |inside| inside.extend(self.tokens.clone()));
-    }
+    pub(crate) braces: token::Brace,
+    pub(crate) tokens: TokenStream,
 }
 
 pub(crate) fn parse(item: TokenStream, errors: &mut Errors) -> Option<Handler> {

@@ -27,7 +27,7 @@ pub fn idempotent(
     args: proc_macro::TokenStream,
     item: proc_macro::TokenStream,
 ) -> proc_macro::TokenStream {
-    guarded(args.into(), item.into()).into()
+    guarded(&args.into(), &item.into()).into()
 }
 
 /// Lets an id be used in `arg(..)`. See `idem_runtime::AnchorValue`.
@@ -36,13 +36,13 @@ pub fn anchor_value(item: proc_macro::TokenStream) -> proc_macro::TokenStream {
     derive::anchor_value(item.into()).into()
 }
 
-fn guarded(args: TokenStream, item: TokenStream) -> TokenStream {
+fn guarded(args: &TokenStream, item: &TokenStream) -> TokenStream {
     let mut errors = Errors::default();
     let said = args::parse(args.clone(), &mut errors);
     let handler = handler::parse(item.clone(), &mut errors);
     match check::check(said, handler, &mut errors) {
         Some(checked) if errors.is_empty() => {
-            expand::after_other_macros(&checked, &args).unwrap_or_else(|| expand::handler(&checked))
+            expand::after_other_macros(&checked, args).unwrap_or_else(|| expand::handler(&checked))
         }
         // Routers elsewhere name the function: without it, one mistake here
         // would be an error in each of them.

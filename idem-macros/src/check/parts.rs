@@ -42,12 +42,12 @@ impl Parts<'_> {
     /// The parts of an anchor or a scope, in order, tuples flattened. Empty
     /// only if that is, or was caused by, a mistake.
     pub(super) fn anchor(&mut self, term: &Term) -> Vec<Part> {
-        self.of(ANCHOR, term)
+        self.of(&ANCHOR, term)
     }
 
-    fn of(&mut self, role: Role, term: &Term) -> Vec<Part> {
+    fn of(&mut self, role: &Role, term: &Term) -> Vec<Part> {
         let mut parts = Vec::new();
-        self.collect(&role, term, &mut parts);
+        self.collect(role, term, &mut parts);
         parts
     }
 
@@ -173,7 +173,7 @@ impl Parts<'_> {
     pub(super) fn scope(&mut self, term: &Term) -> Scope {
         match term {
             Term::Word(word) if word == "global" => Scope::Global,
-            _ => Scope::Parts(self.of(SCOPE, term)),
+            _ => Scope::Parts(self.of(&SCOPE, term)),
         }
     }
 

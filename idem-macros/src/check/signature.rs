@@ -103,7 +103,7 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
     for (index, input) in inputs.into_iter().enumerate() {
         match input {
             FnArg::Receiver(receiver) => errors.at(
-                &receiver.self_token,
+                receiver.self_token,
                 "`#[idempotent]` handlers cannot take `self`: axum calls them with extractors only; take `State<_>` instead",
             ),
             FnArg::Typed(argument) => {
