@@ -70,17 +70,11 @@ fn at_end(tokens: impl ToTokens) -> Span {
 /// sees the handler that its author wrote. `None` if there are none.
 pub(crate) fn after_other_macros(checked: &Checked, args: &TokenStream) -> Option<TokenStream> {
     let handler = &checked.handler;
-    if !handler
-        .attributes
-        .iter()
-        .any(|attribute| handler.runs_first(attribute))
-    {
+    if !handler.attributes.iter().any(|attribute| handler.runs_first(attribute)) {
         return None;
     }
-    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) = handler
-        .attributes
-        .iter()
-        .partition(|attribute| handler.runs_first(attribute));
+    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) =
+        handler.attributes.iter().partition(|attribute| handler.runs_first(attribute));
     let private = private(checked);
     let undecorated = &handler.undecorated;
     Some(quote! {
@@ -111,11 +105,7 @@ pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let probe = function.streaming_probe();
     let run = function.run();
 
-    let CheckedHandler {
-        attributes,
-        visibility,
-        ..
-    } = &checked.handler;
+    let CheckedHandler { attributes, visibility, .. } = &checked.handler;
     quote_spanned! {here=>
         #(#attributes)*
         #visibility #signature {
@@ -149,25 +139,12 @@ impl<'a> Function<'a> {
             None => syn::parse_quote!(()),
         };
         let (Returns::Named(returns) | Returns::Opaque(returns)) = &handler.returns;
-        Self {
-            checked,
-            handler,
-            private,
-            names,
-            last_type,
-            returns,
-        }
+        Self { checked, handler, private, names, last_type, returns }
     }
 
     fn signature(&self) -> TokenStream {
         let here = Span::mixed_site();
-        let Self {
-            private: p,
-            names,
-            last_type,
-            returns,
-            ..
-        } = self;
+        let Self { private: p, names, last_type, returns, .. } = self;
         let types = self.handler.earlier.iter().map(|extractor| &extractor.ty);
         let source = match self.checked.engine {
             Engine::State => quote_spanned!(here=> #p::EngineInRouterState),
@@ -191,14 +168,7 @@ impl<'a> Function<'a> {
         // An item's constant is evaluated by `cargo check`, an inline one only
         // by a build; but only the latter may depend on the type parameters.
         let generic = std::iter::once("Self".to_owned())
-            .chain(
-                self.handler
-                    .signature
-                    .generics
-                    .params
-                    .iter()
-                    .filter_map(name_of),
-            )
+            .chain(self.handler.signature.generics.params.iter().filter_map(name_of))
             .any(|name| mentions(&value, &name));
         if generic {
             return quote_spanned!(here=> let __policy: &'static #p::Policy = &const { #value };);
@@ -254,11 +224,7 @@ impl<'a> Function<'a> {
 
     fn run(&self) -> TokenStream {
         let here = Span::mixed_site();
-        let Self {
-            private: p,
-            last_type,
-            ..
-        } = self;
+        let Self { private: p, last_type, .. } = self;
         let body = self.body();
         // Located at the name, where rustc says why a future is not `Send`.
         let body =
@@ -288,9 +254,7 @@ impl<'a> Function<'a> {
         let p = self.private;
         let quiet = quiet();
         let last = Ident::new("__last", here);
-        let patterns = self
-            .extractors()
-            .map(|extractor| by_reference(&extractor.pattern));
+        let patterns = self.extractors().map(|extractor| by_reference(&extractor.pattern));
         let values = self.names.iter().chain([&last]);
         let pushes = expressions.iter().map(|expression| {
             let mut borrowed = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
@@ -316,9 +280,7 @@ impl<'a> Function<'a> {
         let here = Span::mixed_site();
         let Self { names, handler, .. } = self;
         let patterns = self.extractors().map(|extractor| &extractor.pattern);
-        let lint_levels = self
-            .extractors()
-            .flat_map(|extractor| &extractor.attributes);
+        let lint_levels = self.extractors().flat_map(|extractor| &extractor.attributes);
         let inference = self.inference();
         let used = self.used_in_expressions();
         let block = block(&handler.body);
@@ -409,9 +371,7 @@ fn outlive_the_request(generics: &mut Generics) {
             let name = &parameter.ident;
             predicates.push(syn::parse_quote_spanned!(here=> #name: 'static));
         } else {
-            parameter
-                .bounds
-                .push(syn::parse_quote_spanned!(here=> 'static));
+            parameter.bounds.push(syn::parse_quote_spanned!(here=> 'static));
         }
     }
     if !predicates.is_empty() {

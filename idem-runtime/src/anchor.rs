@@ -220,9 +220,9 @@ impl Anchor {
     ) -> Result<(), AnchorError> {
         let rules = KeyRules { format: self.format.or(rules.format), ..rules };
         match self.source {
-            Source::All(anchors) => {
-                anchors.iter().try_for_each(|anchor| anchor.collect(request, arguments, rules, into))
-            }
+            Source::All(anchors) => anchors
+                .iter()
+                .try_for_each(|anchor| anchor.collect(request, arguments, rules, into)),
             source => source.collect(request, arguments, rules, Quoting::Accepted, into),
         }
     }
@@ -319,14 +319,6 @@ impl Scope {
             ScopeKind::Global => false,
             ScopeKind::One(source) => matches!(source, Source::BodyField(_)),
             ScopeKind::All(scopes) => scopes.iter().any(Self::needs_body),
-        }
-    }
-
-    pub(crate) fn needs_arguments(&self) -> bool {
-        match self.0 {
-            ScopeKind::Global => false,
-            ScopeKind::One(source) => source.needs_arguments(),
-            ScopeKind::All(scopes) => scopes.iter().any(Self::needs_arguments),
         }
     }
 
@@ -479,9 +471,9 @@ impl fmt::Debug for Source {
 
 /// The text of an RFC 9651 string. Its parameters are ignored, as the IETF draft has it.
 fn unquote(name: &'static str, value: &str) -> Result<Cow<'static, str>, AnchorError> {
-    let item: sfv::Item = sfv::Parser::new(value.as_bytes())
-        .parse()
-        .map_err(|_| AnchorError::malformed(name, "it begins like a quoted string and is not one"))?;
+    let item: sfv::Item = sfv::Parser::new(value.as_bytes()).parse().map_err(|_| {
+        AnchorError::malformed(name, "it begins like a quoted string and is not one")
+    })?;
     match item.bare_item {
         sfv::BareItem::String(text) => Ok(Cow::Owned(text.as_str().to_owned())),
         _ => Err(AnchorError::malformed(name, "it is not a string")),
@@ -531,10 +523,8 @@ impl Format {
                 Err(_) => Err(AnchorError::malformed(what, "it is not a UUID")),
             },
             Self::Hex(bytes) => {
-                let digits = value
-                    .strip_prefix("0x")
-                    .or_else(|| value.strip_prefix("0X"))
-                    .unwrap_or(value);
+                let digits =
+                    value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")).unwrap_or(value);
                 if digits.len() != 2 * bytes || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
                     let why = format!("it is not {bytes} bytes in hexadecimal digits");
                     return Err(AnchorError::malformed(what, why));
@@ -811,8 +801,20 @@ const fn is_header_name(name: &str) -> bool {
         let tchar = bytes[i].is_ascii_alphanumeric()
             || matches!(
                 bytes[i],
-                b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_'
-                    | b'`' | b'|' | b'~'
+                b'!' | b'#'
+                    | b'$'
+                    | b'%'
+                    | b'&'
+                    | b'\''
+                    | b'*'
+                    | b'+'
+                    | b'-'
+                    | b'.'
+                    | b'^'
+                    | b'_'
+                    | b'`'
+                    | b'|'
+                    | b'~'
             );
         if !tchar {
             return false;
@@ -852,4 +854,3 @@ impl<T: AsRef<[u8]>> FromIterator<T> for Values {
         list
     }
 }
-

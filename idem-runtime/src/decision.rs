@@ -107,7 +107,7 @@ pub fn decide(seen: Seen, asked: Asked) -> Decision {
 
 #[cfg(test)]
 mod tests {
-    use super::{Decision::*, OnUnknown::*, *};
+    use super::{Decision::*, *};
 
     /// One row of the table: what is seen, and the decision for the same and for another
     /// fingerprint under each policy for unknown outcomes.
@@ -115,7 +115,7 @@ mod tests {
 
     const POLICIES: [OnUnknown; 3] = [OnUnknown::Rerun, OnUnknown::Refuse, OnUnknown::Recover];
 
-    const UNKNOWN: [Decision; 3] = [Run, UnknownOutcome, Decision::Recover];
+    const UNKNOWN: [Decision; 3] = [Run, UnknownOutcome, Recover];
 
     const TABLE: [Row; 12] = [
         (Seen::Issued { valid: true }, [Run; 3], Run),
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_key_that_nobody_has_seen_runs_unless_the_server_must_have_issued_it() {
-        for on_unknown in [Rerun, Refuse, OnUnknown::Recover] {
+        for on_unknown in POLICIES {
             for same in [true, false] {
                 let free = Asked { same, issued_only: false, on_unknown };
                 assert_eq!(decide(Seen::Nothing, free), Run);

@@ -379,7 +379,10 @@ pub(crate) type UnderScheme<'a> = &'a (dyn Fn(&str) -> Option<Fingerprint> + Sen
 /// What the engine says to a request.
 pub(crate) enum Admission {
     Run(Run),
-    Replay { response: RecordedResponse, operation_id: OperationId },
+    Replay {
+        response: RecordedResponse,
+        operation_id: OperationId,
+    },
     Refuse(Refusal),
     /// The store could not be asked, and the policy says to run all the same.
     Unprotected,
@@ -655,9 +658,7 @@ impl Run {
         let (ended, outcome, error) = match timeout(shared.limits.record_wait, &mut writing).await {
             Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
             Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
-            Ok(Ok(Ended::Lost)) => {
-                (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None)
-            }
+            Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
             Ok(Err(error)) => (Ended::Own, Outcome::RecordLost, Some(error)),
             Err(_) => {
                 shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));

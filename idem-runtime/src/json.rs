@@ -248,7 +248,9 @@ pub(crate) fn canonical_digest(
                 Node::scalar(b'"', text.as_bytes())
             }
             [first @ (b't' | b'f' | b'n'), ..] => Node::scalar(*first, b""),
-            number => Node::scalar(b'#', canonical_number(&String::from_utf8_lossy(number)).as_bytes()),
+            number => {
+                Node::scalar(b'#', canonical_number(&String::from_utf8_lossy(number)).as_bytes())
+            }
         };
         let excluded = exclude.iter().any(|path| stands_at(&stack, path));
         match stack.last_mut() {
@@ -347,7 +349,8 @@ impl Container {
 }
 
 fn stands_at(stack: &[Container], path: &[Cow<'_, str>]) -> bool {
-    stack.len() == path.len() && stack.iter().zip(path).all(|(container, name)| container.is_at(name))
+    stack.len() == path.len()
+        && stack.iter().zip(path).all(|(container, name)| container.is_at(name))
 }
 
 #[cfg(test)]
@@ -406,8 +409,16 @@ mod tests {
             }
         }
         let different = [
-            "9007199254740992", "9007199254740993", "18446744073709551616", "18446744073709551617",
-            "0.1", "0.1000000000000000055511151231257827", "1e400", "1e401", "-1", "1",
+            "9007199254740992",
+            "9007199254740993",
+            "18446744073709551616",
+            "18446744073709551617",
+            "0.1",
+            "0.1000000000000000055511151231257827",
+            "1e400",
+            "1e401",
+            "-1",
+            "1",
         ];
         for (i, a) in different.iter().enumerate() {
             for b in &different[i + 1..] {
@@ -431,9 +442,26 @@ mod tests {
     #[test]
     fn different_values_have_different_digests() {
         let bodies = [
-            "null", "true", "false", "0", "\"0\"", "\"null\"", "[]", "{}", "[null]", "[[]]", "[{}]",
-            r#"{"a":null}"#, r#"{"a":1,"b":2}"#, r#"{"a":2,"b":1}"#, r#"{"ab":1}"#, r#"["a","b"]"#,
-            r#"["ab",""]"#, r#"["b","a"]"#, r#"[["a"],"b"]"#, r#"["a",["b"]]"#,
+            "null",
+            "true",
+            "false",
+            "0",
+            "\"0\"",
+            "\"null\"",
+            "[]",
+            "{}",
+            "[null]",
+            "[[]]",
+            "[{}]",
+            r#"{"a":null}"#,
+            r#"{"a":1,"b":2}"#,
+            r#"{"a":2,"b":1}"#,
+            r#"{"ab":1}"#,
+            r#"["a","b"]"#,
+            r#"["ab",""]"#,
+            r#"["b","a"]"#,
+            r#"[["a"],"b"]"#,
+            r#"["a",["b"]]"#,
         ];
         for (i, a) in bodies.iter().enumerate() {
             for b in &bodies[i + 1..] {
@@ -455,7 +483,10 @@ mod tests {
         let without = [segments("meta.at"), segments("/list/1")];
         let digest = |body: &str| canonical_digest(body.as_bytes(), &without).unwrap();
         let reference = digest(r#"{"meta":{},"list":[1,3]}"#);
-        assert_eq!(digest(r#"{"meta":{"at":5},"list":[1,2,3]}"#), digest(r#"{"meta":{},"list":[1,9,3]}"#));
+        assert_eq!(
+            digest(r#"{"meta":{"at":5},"list":[1,2,3]}"#),
+            digest(r#"{"meta":{},"list":[1,9,3]}"#)
+        );
         assert_ne!(digest(r#"{"meta":{"by":5},"list":[1,3]}"#), reference);
         assert_ne!(digest(r#"{"at":5,"meta":{},"list":[1,3]}"#), reference);
     }

@@ -34,5 +34,7 @@ pub use key::{Key, OperationId, ScopeDigest, Token, Values};
 pub use observer::{Event, Observer, Outcome, Tracing};
 pub use operation::{DerivedKey, Operation};
 pub use policy::{InFlight, Mode, Policy, Recording, StoreOutage};
-pub use record::{CorruptPayload, FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl};
+pub use record::{
+    CorruptPayload, FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl,
+};
 pub use refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals};

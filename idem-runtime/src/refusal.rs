@@ -136,7 +136,9 @@ impl RefusalKind {
             Self::StoreUnavailable | Self::StoreFull | Self::Busy => {
                 "Nothing was done. Repeat the same request later."
             }
-            Self::RecordUnreadable => "Nothing was done. Repeat the same request later, or tell the operator.",
+            Self::RecordUnreadable => {
+                "Nothing was done. Repeat the same request later, or tell the operator."
+            }
             Self::HandlerPanicked => "Repeat the same request with the same key.",
         }
     }
@@ -232,10 +234,9 @@ impl Refusal {
             members.insert("operation_id".to_owned(), id.to_string().into());
         }
         let mut response = self.respond(self.kind.status(), document.to_string());
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/problem+json"),
-        );
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         response
     }
 

@@ -101,8 +101,13 @@ impl http_body::Body for Resumed {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let read: u64 =
-            self.read.iter().flatten().filter_map(Frame::data_ref).map(|data| data.len() as u64).sum();
+        let read: u64 = self
+            .read
+            .iter()
+            .flatten()
+            .filter_map(Frame::data_ref)
+            .map(|data| data.len() as u64)
+            .sum();
         let rest = self.rest.size_hint();
         let mut hint = SizeHint::new();
         hint.set_lower(rest.lower().saturating_add(read));

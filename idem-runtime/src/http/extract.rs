@@ -54,7 +54,9 @@ impl<S> EngineSource<S> for EngineInExtension {
 
 /// No engine was layered over a handler with `engine = extension`.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("no `Extension<Idempotency>` is layered over this handler, which says `engine = extension`")]
+#[error(
+    "no `Extension<Idempotency>` is layered over this handler, which says `engine = extension`"
+)]
 pub struct MissingEngine(());
 
 impl IntoResponse for MissingEngine {
@@ -125,8 +127,8 @@ where
     type Rejection = Response;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
-        let engine = Source::engine(request.extensions(), state)
-            .map_err(IntoResponse::into_response)?;
+        let engine =
+            Source::engine(request.extensions(), state).map_err(IntoResponse::into_response)?;
         let state = state.clone();
         let extract: Extract<E> = Box::new(move |request| {
             async move {
@@ -270,9 +272,9 @@ where
 {
     match call.0 {
         Parsed::Detached => body(extractor).map(Guarded::Detached).boxed(),
-        Parsed::Plain => body(extractor)
-            .map(|returned| Guarded::Response(returned.into_response()))
-            .boxed(),
+        Parsed::Plain => {
+            body(extractor).map(|returned| Guarded::Response(returned.into_response())).boxed()
+        }
         Parsed::Keyed(exchange) => {
             let runner = Box::new(move |_| {
                 async move { Ran::Answered(body(extractor).await.into_response()) }.boxed()

@@ -151,7 +151,8 @@ impl Exchange {
             return Ok(());
         };
         // How long a client may take for its request is for the server to say.
-        let (body, kind) = match buffer(body, self.shared.limits.request_body, Duration::MAX).await {
+        let (body, kind) = match buffer(body, self.shared.limits.request_body, Duration::MAX).await
+        {
             Buffered::Whole(bytes) => {
                 self.body = Content::Buffered(bytes);
                 return Ok(());
@@ -190,10 +191,7 @@ impl Exchange {
         AnchorRequest { head: &self.head, parameters: &self.parameters, body }
     }
 
-    fn values(
-        &self,
-        arguments: &mut dyn Iterator<Item = Values>,
-    ) -> Result<Values, AnchorError> {
+    fn values(&self, arguments: &mut dyn Iterator<Item = Values>) -> Result<Values, AnchorError> {
         let mut values = Values::new();
         let rules = KeyRules { format: None, longest: self.shared.limits.key_length };
         self.policy.anchor.collect(&self.anchor_request(), arguments, rules, &mut values)?;
@@ -255,7 +253,9 @@ impl Exchange {
                 };
                 return match opened {
                     Ok(Opened::Plain(request)) => plain(request, runner).await,
-                    Ok(Opened::Keyed(exchange)) => exchange.render(Refusal::new(RefusalKind::KeyMalformed)),
+                    Ok(Opened::Keyed(exchange)) => {
+                        exchange.render(Refusal::new(RefusalKind::KeyMalformed))
+                    }
                     Err(response) => response,
                 };
             }
@@ -421,7 +421,8 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
         Buffered::Whole(bytes) => {
             warn_of_outer_headers(shared, &head.headers);
             let kept = head.headers.iter().filter(|(name, _)| !shared.left_out.contains(name));
-            let headers: Vec<_> = kept.map(|(k, v)| (k.as_str().as_bytes(), v.as_bytes())).collect();
+            let headers: Vec<_> =
+                kept.map(|(k, v)| (k.as_str().as_bytes(), v.as_bytes())).collect();
             let payload = RecordedResponse::encode(status.as_u16(), &headers, &bytes);
             (Response::from_parts(head, Body::from(bytes)), End::Complete(payload))
         }
