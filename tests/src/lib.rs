@@ -1,1 +1,4 @@
+//! What the tests share: servers on loopback, stores that fail on purpose, an observer that
+//! remembers.
 
+pub mod server;
