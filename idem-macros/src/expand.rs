@@ -1,0 +1,465 @@
+//! The handler as axum and the engine see it.
+//!
+//! ```text
+//! async fn create(State(db): State<Db>, Json(new): Json<New>) -> Result<Made, Problem> { … }
+//! ```
+//! keeps its name, generics and earlier arguments. Its last argument becomes
+//! an extractor of the engine's and its body a block that the engine runs:
+//! ```text
+//! async fn create(__a0: State<Db>, __idem: Idem<Json<New>, …>) -> Guarded<Result<Made, Problem>> {
+//!     let __policy = …;
+//!     run(__idem, __policy, move |__last| boxed(async move {
+//!         let (State(db), Json(new)) = (__a0, __last);
+//!         { … }
+//!     })).await
+//! }
+//! ```
+//! Everything generated is small: what follows `boxed` is not generic, so a
+//! hundred handlers do not compile the engine a hundred times.
+//!
+//! Names of ours have the span of the macro's definition, which keeps them
+//! apart from the user's even when a handler comes out of a `macro_rules!`;
+//! to make rustc underline a word of the user's, such a span is only moved
+//! there ([`at`]).
+
+mod policy;
+
+use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
+use quote::{ToTokens, format_ident, quote, quote_spanned};
+use syn::visit::{self, Visit};
+use syn::visit_mut::{self, VisitMut};
+use syn::{Attribute, Expr, GenericParam, Generics, Index, Pat, PatIdent, Type, WherePredicate};
+
+use crate::check::{Checked, CheckedHandler, Engine, Extractor, Part, Returns, Scope};
+
+/// Our name resolution, at the user's place.
+fn at(tokens: impl ToTokens) -> Span {
+    let first = tokens.into_token_stream().into_iter().next();
+    let mixed = Span::mixed_site();
+    first.map_or(mixed, |token| mixed.located_at(token.span()))
+}
+
+fn at_end(tokens: impl ToTokens) -> Span {
+    let last = tokens.into_token_stream().into_iter().last();
+    let mixed = Span::mixed_site();
+    last.map_or(mixed, |token| mixed.located_at(token.span()))
+}
+
+/// The item with the macros below ours moved before it, so that each of them
+/// sees the handler that its author wrote. `None` if there are none.
+///
+/// Happens once: what stands there the second time, behind the `@`, has either
+/// run or was no macro.
+pub(crate) fn after_other_macros(checked: &Checked, args: &TokenStream) -> Option<TokenStream> {
+    let handler = &checked.handler;
+    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) = handler
+        .attributes
+        .iter()
+        .partition(|attribute| handler.runs_first(attribute));
+    if first.is_empty() || checked.others_have_run {
+        return None;
+    }
+    let private = private(checked);
+    let undecorated = &handler.undecorated;
+    Some(quote! {
+        #(#first)*
+        #[#private::idempotent(@ #args)]
+        #(#below)*
+        #undecorated
+    })
+}
+
+/// The hidden module of the runtime, absolutely.
+fn private(checked: &Checked) -> TokenStream {
+    let mixed = Span::mixed_site();
+    match &checked.krate {
+        Some(path) => quote_spanned!(mixed=> #path::__private),
+        None => quote_spanned!(mixed=> ::idem_runtime::__private),
+    }
+}
+
+/// The same path, as if it stood at the user's word: rustc underlines from the
+/// first token of an expression to the last.
+fn moved(path: &TokenStream, place: Span) -> TokenStream {
+    let mut path: Vec<TokenTree> = path.clone().into_iter().collect();
+    for token in &mut path {
+        token.set_span(token.span().located_at(place));
+    }
+    path.into_iter().collect()
+}
+
+pub(crate) fn handler(checked: &Checked) -> TokenStream {
+    let here = Span::mixed_site();
+    let p = &private(checked);
+    let function = Function::of(checked, p);
+
+    let signature = function.signature();
+    let policy = function.policy();
+    let checks = function.state_checks();
+    let probe = function.streaming_probe();
+    let run = function.run();
+
+    let CheckedHandler {
+        attributes,
+        visibility,
+        ..
+    } = &checked.handler;
+    quote_spanned! {here=>
+        #(#attributes)*
+        #visibility #signature {
+            #policy
+            #checks
+            #probe
+            #run
+        }
+    }
+}
+
+/// One handler with the names that its expansion repeats.
+struct Function<'a> {
+    checked: &'a Checked,
+    handler: &'a CheckedHandler,
+    private: &'a TokenStream,
+    /// `__a0`, `__a1`, … for all arguments but the last.
+    names: Vec<Ident>,
+    last_type: Type,
+    returns: &'a Type,
+}
+
+impl<'a> Function<'a> {
+    fn of(checked: &'a Checked, private: &'a TokenStream) -> Self {
+        let handler = &checked.handler;
+        let names = (0..handler.earlier.len())
+            .map(|index| format_ident!("__a{index}", span = Span::mixed_site()))
+            .collect();
+        let last_type = match &handler.last {
+            Some(last) => last.ty.clone(),
+            None => syn::parse_quote!(()),
+        };
+        let (Returns::Named(returns) | Returns::Opaque(returns)) = &handler.returns;
+        Self {
+            checked,
+            handler,
+            private,
+            names,
+            last_type,
+            returns,
+        }
+    }
+
+    fn signature(&self) -> TokenStream {
+        let here = Span::mixed_site();
+        let Self {
+            private: p,
+            names,
+            last_type,
+            returns,
+            ..
+        } = self;
+        let types = self.handler.earlier.iter().map(|extractor| &extractor.ty);
+        let source = match self.checked.engine {
+            Engine::State => quote_spanned!(here=> #p::EngineInRouterState),
+            Engine::Extension => quote_spanned!(here=> #p::EngineInExtension),
+        };
+
+        let mut signature = self.handler.signature.clone();
+        outlive_the_request(&mut signature.generics);
+        signature.inputs = syn::parse_quote_spanned! {here=>
+            #(#names: #types,)*
+            __idem: #p::Idem<#last_type, #source>
+        };
+        signature.output = syn::parse_quote_spanned!(here=> -> #p::Guarded<#returns>);
+        signature.into_token_stream()
+    }
+
+    fn policy(&self) -> TokenStream {
+        let here = Span::mixed_site();
+        let p = self.private;
+        let value = policy::tokens(&self.checked.policy, p);
+        // An item's constant is evaluated by `cargo check`, an inline one only
+        // by a build; but only the latter may depend on the type parameters.
+        let parameters = &self.handler.signature.generics.params;
+        let generic = mentions(&value, "Self")
+            || parameters
+                .iter()
+                .filter_map(name_of)
+                .any(|name| mentions(&value, &name));
+        if generic {
+            return quote_spanned!(here=> let __policy: &'static #p::Policy = &const { #value };);
+        }
+        // Named in a block of its own: an item of ours would shadow the user's.
+        quote_spanned! {here=>
+            let __policy: &'static #p::Policy = {
+                const __IDEM_POLICY: #p::Policy = #value;
+                &__IDEM_POLICY
+            };
+        }
+    }
+
+    /// With `state = …`, rustc can say at the definition what it otherwise
+    /// only says where the handler is routed.
+    fn state_checks(&self) -> Option<TokenStream> {
+        let state = self.checked.state.as_ref()?;
+        let p = self.private;
+        let engine = quote_spanned!(at(state)=> #p::check_engine::<#state>(););
+        let arguments = self.handler.earlier.iter().map(
+            |Extractor { ty, .. }| quote_spanned!(at(ty)=> #p::check_argument::<#ty, #state>();),
+        );
+        let last = self.handler.last.as_ref().map(|Extractor { ty, .. }| {
+            quote_spanned!(at(ty)=> #p::check_last_argument::<#ty, #state, _>();)
+        });
+        Some(quote_spanned! {Span::mixed_site()=>
+            if false {
+                #engine
+                #(#arguments)*
+                #last
+            }
+        })
+    }
+
+    /// An answer that streams is refused by its type, through aliases.
+    fn streaming_probe(&self) -> Option<TokenStream> {
+        let Returns::Named(returns) = &self.handler.returns else {
+            return None;
+        };
+        let p = self.private;
+        let there = at(returns);
+        let at_type = moved(p, there);
+        let check = quote_spanned!(there=> #at_type::probe::Of::<#returns>::check(););
+        Some(quote_spanned! {Span::mixed_site()=>
+            {
+                // Unused where the answer streams and is refused.
+                #[allow(unused_imports)]
+                use #p::probe::Fallback as _;
+                #check
+            }
+        })
+    }
+
+    fn run(&self) -> TokenStream {
+        let here = Span::mixed_site();
+        let Self {
+            private: p,
+            last_type,
+            ..
+        } = self;
+        let body = self.body();
+        // Located at the name, where rustc says why a future is not `Send`.
+        let name = at(&self.handler.signature.ident);
+        let at_name = moved(p, name);
+        let body = quote_spanned!(name=> #at_name::boxed(async move { #body }));
+        let expressions = self.argument_expressions();
+        if expressions.is_empty() {
+            return quote_spanned!(here=> #p::run(__idem, __policy, move |__last: #last_type| #body).await);
+        }
+        let arguments = self.arguments(&expressions);
+        quote_spanned! {here=>
+            let (__call, __last) = match #p::parse(__idem, __policy).await {
+                ::core::result::Result::Ok(__parsed) => __parsed,
+                ::core::result::Result::Err(__answer) => return __answer,
+            };
+            #arguments
+            #p::run_parsed(__call, __arguments, __last, move |__last: #last_type| #body).await
+        }
+    }
+
+    /// The values of all `arg(..)`, read before the next await: nothing stays
+    /// borrowed across it, so extractors need not be `Sync`.
+    ///
+    /// The expressions stand in a closure, so that rustc refuses `.await` and
+    /// `?` in them as it does in any other.
+    fn arguments(&self, expressions: &[&Expr]) -> TokenStream {
+        let here = Span::mixed_site();
+        let p = self.private;
+        let last = Ident::new("__last", here);
+        let patterns = self
+            .extractors()
+            .map(|extractor| by_reference(&extractor.pattern));
+        let values = self.names.iter().chain([&last]);
+        let pushes = expressions.iter().map(|expression| {
+            let mut borrowed = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
+            // From the first to the last token of the expression, which rustc
+            // joins where it says that the value is no anchor.
+            borrowed.set_span(at_end(expression));
+            quote_spanned!(at(expression)=> __arguments.push(& #borrowed);)
+        });
+        quote_spanned! {here=>
+            let mut __arguments = #p::Arguments::new();
+            {
+                #[allow(unused_variables)]
+                let __collect = |__arguments: &mut #p::Arguments| {
+                    #(let #patterns = &#values;)*
+                    #(#pushes)*
+                };
+                __collect(&mut __arguments);
+            }
+        }
+    }
+
+    /// What the engine runs: the arguments taken apart, then the user's block.
+    ///
+    /// All arguments move in: what a `_` stands for, such as a permit, lives as
+    /// long as the body. The block stays a block, so that items may begin it.
+    fn body(&self) -> TokenStream {
+        let here = Span::mixed_site();
+        let Self { names, handler, .. } = self;
+        let inference = self.inference();
+        let arguments = handler.last.as_ref().map(|_| {
+            let bindings = self.extractors().enumerate().filter_map(binding);
+            let used = self.used_in_expressions();
+            quote_spanned! {here=>
+                let __args = (#(#names,)* __last,);
+                #(#bindings)*
+                #(let _ = &#used;)*
+            }
+        });
+        let block = &handler.body;
+        quote_spanned! {here=>
+            #inference
+            #arguments
+            #[allow(unused_braces)]
+            #block
+        }
+    }
+
+    /// Tells rustc the type of the block before it meets the first `?`.
+    fn inference(&self) -> Option<TokenStream> {
+        let Returns::Named(returns) = &self.handler.returns else {
+            return None;
+        };
+        // Located at the type, where rustc says what it inferred.
+        Some(quote_spanned! {at(returns)=>
+            #[allow(
+                unreachable_code,
+                clippy::diverging_sub_expression,
+                clippy::empty_loop,
+                clippy::let_unit_value,
+                clippy::let_with_type_underscore,
+                clippy::needless_return,
+            )]
+            if false {
+                let __never: #returns = loop {};
+                return __never;
+            }
+        })
+    }
+
+    fn extractors(&self) -> impl Iterator<Item = &Extractor> {
+        self.handler.earlier.iter().chain(&self.handler.last)
+    }
+
+    /// The anchor's expressions, then the scope's: the runtime counts on it.
+    fn argument_expressions(&self) -> Vec<&Expr> {
+        let policy = &self.checked.policy;
+        let scope = match &policy.scope {
+            Some(Scope::Parts(parts)) => &parts[..],
+            Some(Scope::Global) | None => &[],
+        };
+        policy
+            .anchor
+            .iter()
+            .chain(scope)
+            .filter_map(|part| match part {
+                Part::Argument(expression) => Some(expression),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Bindings that an `arg(..)` reads are used, even if the body forgets
+    /// them.
+    fn used_in_expressions(&self) -> Vec<Ident> {
+        let expressions = self.argument_expressions();
+        if expressions.is_empty() {
+            return Vec::new();
+        }
+        let expressions = quote!(#(#expressions)*);
+        let mut bindings = Bindings(Vec::new());
+        for extractor in self.extractors() {
+            bindings.visit_pat(&extractor.pattern);
+        }
+        let mut bindings = bindings.0;
+        bindings.retain(|name| mentions(&expressions, &name.to_string()));
+        bindings
+    }
+}
+
+/// The body may finish after the request is gone.
+fn outlive_the_request(generics: &mut Generics) {
+    let here = Span::mixed_site();
+    let mut predicates: Vec<WherePredicate> = Vec::new();
+    for parameter in generics.type_params_mut() {
+        // Bounds in both places would be a complaint of clippy's.
+        if parameter.bounds.is_empty() {
+            let name = &parameter.ident;
+            predicates.push(syn::parse_quote_spanned!(here=> #name: 'static));
+        } else {
+            parameter
+                .bounds
+                .push(syn::parse_quote_spanned!(here=> 'static));
+        }
+    }
+    if !predicates.is_empty() {
+        let clause = generics.make_where_clause();
+        clause.predicates.extend(predicates);
+    }
+}
+
+/// One `let` for each argument, so that rustc can point at its pattern.
+fn binding((index, extractor): (usize, &Extractor)) -> Option<TokenStream> {
+    let Extractor {
+        attributes,
+        pattern,
+        ..
+    } = extractor;
+    // It would bind nothing, and several lints ask for a reason.
+    if matches!(pattern, Pat::Wild(_)) {
+        return None;
+    }
+    let field = Index::from(index);
+    Some(quote_spanned! {Span::mixed_site()=>
+        #(#attributes)*
+        let #pattern = __args.#field;
+    })
+}
+
+fn name_of(parameter: &GenericParam) -> Option<String> {
+    match parameter {
+        GenericParam::Type(parameter) => Some(parameter.ident.to_string()),
+        GenericParam::Const(parameter) => Some(parameter.ident.to_string()),
+        GenericParam::Lifetime(_) => None,
+    }
+}
+
+fn mentions(tokens: &TokenStream, name: &str) -> bool {
+    tokens.clone().into_iter().any(|token| match token {
+        TokenTree::Ident(ident) => ident == name,
+        TokenTree::Group(group) => mentions(&group.stream(), name),
+        TokenTree::Punct(_) | TokenTree::Literal(_) => false,
+    })
+}
+
+/// The pattern for a reference to what it was written for: `mut` and `ref`
+/// are refused there.
+fn by_reference(pattern: &Pat) -> Pat {
+    struct Strip;
+    impl VisitMut for Strip {
+        fn visit_pat_ident_mut(&mut self, pattern: &mut PatIdent) {
+            pattern.by_ref = None;
+            pattern.mutability = None;
+            visit_mut::visit_pat_ident_mut(self, pattern);
+        }
+    }
+    let mut pattern = pattern.clone();
+    Strip.visit_pat_mut(&mut pattern);
+    pattern
+}
+
+struct Bindings(Vec<Ident>);
+
+impl Visit<'_> for Bindings {
+    fn visit_pat_ident(&mut self, pattern: &PatIdent) {
+        self.0.push(pattern.ident.clone());
+        visit::visit_pat_ident(self, pattern);
+    }
+}
