@@ -35,6 +35,8 @@ pub(crate) struct Args {
     pub(crate) krate: Option<Said<Path>>,
     /// `anchor` was mentioned, though perhaps not readably: it is not missing.
     pub(crate) anchor_mentioned: bool,
+    /// The options follow an `@`, which only expansion writes.
+    pub(crate) others_have_run: bool,
 }
 
 /// A value together with the word that introduced it.
@@ -99,6 +101,7 @@ const NOT_YET: [&str; 4] = ["admit", "replay", "issued", "transaction"];
 pub(crate) fn parse(tokens: TokenStream, errors: &mut Errors) -> Args {
     let mut args = Args::default();
     let read = |input: ParseStream<'_>| -> Result<()> {
+        args.others_have_run = input.parse::<Option<Token![@]>>()?.is_some();
         while !input.is_empty() {
             if let Err(error) = args.option(input) {
                 errors.push(error);

@@ -27,6 +27,8 @@ pub(crate) struct Checked {
     pub(crate) engine: Engine,
     pub(crate) state: Option<Type>,
     pub(crate) krate: Option<Path>,
+    /// This is the second time, after the attribute macros below ours.
+    pub(crate) others_have_run: bool,
 }
 
 /// What the runtime's `Policy` is told; `None` where nothing was said.
@@ -101,6 +103,7 @@ pub(crate) fn check(
     errors: &mut Errors,
 ) -> Option<Checked> {
     let handler = handler.map(|handler| signature::check(handler, errors));
+    let others_have_run = args.others_have_run;
     let state = args.state.take();
     let krate = args.krate.take().map(|said| said.value);
     let engine = engine(args.engine.take(), state.as_ref(), errors);
@@ -118,6 +121,7 @@ pub(crate) fn check(
         engine,
         state: state.map(|said| said.value),
         krate,
+        others_have_run,
     })
 }
 

@@ -1,6 +1,6 @@
 //! What axum and the engine ask of a handler's signature.
 
-use proc_macro2::{Ident, TokenStream};
+use proc_macro2::{Ident, TokenStream, TokenTree};
 use quote::ToTokens;
 use syn::visit::{self, Visit};
 use syn::{
@@ -9,7 +9,7 @@ use syn::{
 };
 
 use crate::errors::Errors;
-use crate::handler::{self, Body, Handler, Kind};
+use crate::handler::{self, Handler, Kind};
 
 /// A function that axum could call and the engine can wrap.
 pub(crate) struct Checked {
@@ -21,7 +21,7 @@ pub(crate) struct Checked {
     pub(crate) earlier: Vec<Extractor>,
     pub(crate) last: Option<Extractor>,
     pub(crate) returns: Returns,
-    pub(crate) body: Body,
+    pub(crate) body: TokenTree,
     pub(crate) undecorated: TokenStream,
 }
 

@@ -89,7 +89,7 @@ fn format(format: &Format, p: &TokenStream) -> TokenStream {
         }
         Format::Text { min, max } => {
             let (min, max) = (number((*min).into()), number((*max).into()));
-            quote_spanned!(here=> #p::Format::text(#min, #max))
+            quote_spanned!(here=> #p::Format::text(#min ..= #max))
         }
         Format::Constant(path) => constant(path),
     };
