@@ -85,7 +85,7 @@ async fn race(fixture: &dyn StoreFixture, key: Key, attempt: u32, when: &str) ->
         }
     }
     let [winner] = &winners[..] else {
-        panic!("exactly one claim must be granted {when}, and {} were: {winners:?}", winners.len());
+        panic!("exactly one claim must be granted {when}, and {} were", winners.len());
     };
     assert_eq!(winner.attempt, attempt, "one claim in a race is one attempt ({when})");
     for loser in losers {

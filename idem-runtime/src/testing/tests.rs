@@ -23,7 +23,7 @@ enum Fault {
     ForgetReleases,
     ReleasesWhatIsNot,
     RenewsAnything,
-    ReadingExtends,
+    CountsFromTheClaim,
     KeepsForTheLeaseOnly,
     ExpiresAtTheSweep,
     ForEverIsAYear,
@@ -120,6 +120,13 @@ impl Store for Broken {
                         return Ok(Written::Fenced(record));
                     }
                 }
+                Fault::CountsFromTheClaim => {
+                    if let (Ttl::For(span), Some(record)) =
+                        (completion.ttl, self.inner.read(&completion.key).await?)
+                    {
+                        completion.ttl = Ttl::For(span.saturating_sub(record.age));
+                    }
+                }
                 Fault::LateOwnersLose => {
                     if let Some(record) = self.inner.read(&completion.key).await?
                         && record.lease_left.is_zero()
@@ -171,16 +178,7 @@ impl Store for Broken {
     }
 
     fn read<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Record>, StoreError>> {
-        Box::pin(async move {
-            let record = self.inner.read(key).await?;
-            if self.fault == Fault::ReadingExtends
-                && let Some(record) = &record
-                && record.state == crate::record::State::Completed
-            {
-                return Ok(Some(Record { valid_left: Ttl::For(TTL * 2), ..record.clone() }));
-            }
-            Ok(record)
-        })
+        self.inner.read(key)
     }
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
@@ -261,7 +259,7 @@ each_fault_breaks_its_law! {
     ForgetReleases breaks a_forgotten_key_starts_afresh
     ReleasesWhatIsNot breaks a_claim_that_never_was_is_gone
     RenewsAnything breaks renewing_extends_only_what_is_held
-    ReadingExtends breaks time_to_live_counts_from_completion
+    CountsFromTheClaim breaks time_to_live_counts_from_completion
     KeepsForTheLeaseOnly breaks an_unfinished_record_is_kept_for_its_time_to_live
     ExpiresAtTheSweep breaks expired_records_are_gone_before_any_sweep
     ForEverIsAYear breaks for_ever_has_no_end
