@@ -44,6 +44,7 @@
 //!     use super::Memory;
 //!     idem_runtime::store_laws!(Memory::start().await);
 //! }
+//! # fn main() {}
 //! ```
 
 mod claiming;

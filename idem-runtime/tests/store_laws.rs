@@ -1,5 +1,7 @@
 //! The laws of a store, on each store that comes with idem.
 
+#![expect(clippy::unwrap_used, reason = "a fixture that cannot be made is a failed test")]
+
 use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;

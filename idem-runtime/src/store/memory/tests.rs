@@ -207,3 +207,15 @@ async fn a_panic_under_a_lock_takes_nothing_down() {
     assert!(panicked.join().is_err());
     assert!(store.read(&claim.key).await.unwrap().is_some());
 }
+
+#[test]
+fn the_default_bounds_agree() {
+    let answered = Entry {
+        due: 0,
+        row: Row { payload: Bytes::from(vec![0; 250]), ..Row::fresh(&claim(), 0) },
+    };
+    let million = 1_000_000 * answered.weight();
+    let MemoryStoreBuilder { max_records, max_bytes, .. } = MemoryStore::builder();
+    assert_eq!(max_records, 1_000_000);
+    assert!(max_bytes / 10 * 9 < million && million < max_bytes / 10 * 11, "{million}");
+}

@@ -1,7 +1,7 @@
 //! One transaction: the rows that its calls need, read at once; each call decided on them, in
 //! order; what changed, written.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use sqlx::{Connection as _, Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
@@ -29,12 +29,6 @@ pub(super) struct Batch<'c> {
     now: Millis,
     /// What the table holds for the keys of the calls.
     rows: HashMap<Key, Loaded>,
-}
-
-impl fmt::Debug for Batch<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Batch").field("rows", &self.rows.len()).finish_non_exhaustive()
-    }
 }
 
 /// What a call met.

@@ -26,7 +26,7 @@ use crate::{
 const CALLS_A_TRANSACTION: usize = 512;
 
 /// What waits, and whether a task is at work.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Queue {
     waiting: VecDeque<Op>,
     draining: bool,
@@ -36,7 +36,6 @@ pub(super) struct Queue {
 pub(super) type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 
 /// A call that writes.
-#[derive(Debug)]
 pub(super) enum Op {
     Claim(Box<Claim>, Reply<Claimed>),
     Complete(Box<Completion>, Reply<Written>),
