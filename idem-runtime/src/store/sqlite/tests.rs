@@ -58,7 +58,7 @@ async fn granted(store: &SqliteStore, claim: &Claim) -> Record {
 }
 
 #[track_caller]
-fn assert_fails<T: std::fmt::Debug>(answer: Result<T, StoreError>, kind: StoreErrorKind) {
+fn assert_fails<T: fmt::Debug>(answer: Result<T, StoreError>, kind: StoreErrorKind) {
     let error = answer.unwrap_err();
     assert_eq!(error.kind(), kind, "{error:?}");
     assert_eq!(error.store(), "sqlite");
