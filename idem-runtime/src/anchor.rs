@@ -194,6 +194,14 @@ impl Anchor {
         self
     }
 
+    /// Only keys that the server handed out by [`issue`](crate::Idempotency::issue) are taken, for
+    /// their time to live from then.
+    #[must_use]
+    pub const fn issued(mut self) -> Self {
+        self.options.issued = Some(true);
+        self
+    }
+
     /// What makes two requests the same.
     #[must_use]
     pub const fn fingerprint(mut self, scheme: FingerprintScheme) -> Self {
@@ -213,6 +221,24 @@ impl Anchor {
     /// Whether the values come from the handler's arguments.
     pub(crate) fn needs_arguments(&self) -> bool {
         self.source.needs_arguments()
+    }
+
+    /// Values that did not come out of a request, checked and canonical as if they had.
+    pub(crate) fn canonical(&self, values: &Values, longest: usize) -> Result<Values, AnchorError> {
+        let mut canonical = Values::new();
+        let formats: Vec<_> = match self.source {
+            Source::All(anchors) => anchors.iter().map(|anchor| anchor.format).collect(),
+            _ => vec![None; values.len()],
+        };
+        if formats.len() != values.len() {
+            let why = format!("the anchor has {} values", formats.len());
+            return Err(AnchorError::malformed("the key", why));
+        }
+        for (value, format) in values.iter().zip(formats) {
+            let rules = KeyRules { format: format.or(self.format), longest };
+            rules.check_all("the key", &Values::from_iter([value]), &mut canonical)?;
+        }
+        Ok(canonical)
     }
 
     /// Takes the values out of a request, checked and canonical.

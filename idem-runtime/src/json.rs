@@ -182,6 +182,53 @@ impl Visitor<'_> for SameName<'_> {
     }
 }
 
+/// The members of one object over those of another, each with its own text: those that stay keep
+/// their place, new ones come last.
+pub(crate) fn merge(object: &[u8], over: &[u8]) -> Result<Vec<u8>, JsonError> {
+    let Members(mut members) = serde_json::from_slice(object).map_err(JsonError::Syntax)?;
+    let Members(over) = serde_json::from_slice(over).map_err(JsonError::Syntax)?;
+    for (name, value) in over {
+        match members.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, known)) => *known = value,
+            None => members.push((name, value)),
+        }
+    }
+    serde_json::to_vec(&Members(members)).map_err(JsonError::Syntax)
+}
+
+/// An object's members in the order in which they stand.
+struct Members<'de>(Vec<(String, &'de RawValue)>);
+
+impl<'de> serde::Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MembersVisitor)
+    }
+}
+
+struct MembersVisitor;
+
+impl<'de> Visitor<'de> for MembersVisitor {
+    type Value = Members<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
+        let mut members = Vec::new();
+        while let Some(member) = map.next_entry()? {
+            members.push(member);
+        }
+        Ok(Members(members))
+    }
+}
+
+impl serde::Serialize for Members<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
+}
+
 /// Two numbers have one canonical form exactly when they have one decimal value.
 ///
 /// Nothing is rounded: 2^53 and 2^53 + 1 stay apart, 1, 1.0 and 10e-1 come together. Integers of
@@ -489,6 +536,14 @@ mod tests {
         );
         assert_ne!(digest(r#"{"meta":{"by":5},"list":[1,3]}"#), reference);
         assert_ne!(digest(r#"{"at":5,"meta":{},"list":[1,3]}"#), reference);
+    }
+
+    #[test]
+    fn merged_members_leave_the_others_as_they_stand() {
+        let merged = merge(br#"{ "b": 1.0, "a":"\u0041", "r" : 0 }"#, br#"{"r":true,"e":null}"#);
+        let merged = String::from_utf8(merged.unwrap()).unwrap();
+        assert_eq!(merged, r#"{"b":1.0,"a":"\u0041","r":true,"e":null}"#);
+        assert!(merge(b"[]", b"{}").is_err());
     }
 
     #[test]

@@ -1,18 +1,25 @@
-//! The operation, as the handler sees it: its id, its attempt, and keys derived from it.
+//! The operation, as the handler sees it: its id, its attempt, keys derived from it, its steps.
 
 use std::{
     fmt,
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use tokio::sync::Notify;
+use bytes::Bytes;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::{Mutex, Notify};
 use uuid::Uuid;
 
-use crate::key::OperationId;
+use crate::{
+    engine::Shared,
+    key::{Key, OperationId, Token},
+    record::Progress,
+    store::{StoreError, StoreErrorKind, Written},
+};
 
 /// What idem knows of the request that a handler is working on; take it as an argument.
 ///
@@ -70,8 +77,72 @@ impl Operation {
         }
     }
 
+    /// Takes a step of the work once, however often the work is tried: its result is recorded under
+    /// the claim, and a later attempt gets it without taking the step again.
+    ///
+    /// The name says which step it is; in a loop, it includes the turn's number. A step that fails
+    /// is not recorded. An owner that lost its claim cannot record one. In a handler without
+    /// protection the step is taken each time.
+    ///
+    /// Between a step's effect and its record the process may die: give the step a
+    /// [derived](Self::derive) key of its own, and a repetition does nothing.
+    ///
+    /// ```
+    /// # use idem_runtime::Operation;
+    /// # async fn charge(_: &str) -> Result<String, std::io::Error> { Ok("ch_1".into()) }
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let operation = Operation::default();
+    /// let key = operation.derive("charge").to_string();
+    /// let charge: String = operation.step("charge", charge(&key)).await?;
+    /// # assert_eq!(charge, "ch_1");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`StepError::Failed`] with the step's own error, and otherwise when its result could not be
+    /// recorded or read back. After [`StepError::Store`] the step was taken and its result is not
+    /// recorded.
+    pub async fn step<T, E>(
+        &self,
+        name: &str,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, StepError<E>>
+    where
+        T: Serialize + DeserializeOwned,
+    {
+        let attempt = Arc::clone(self.get());
+        let Some(journal) = &attempt.journal else {
+            return work.await.map_err(StepError::Failed);
+        };
+        if let Some(recorded) = journal.result(name).await {
+            return serde_json::from_slice(&recorded)
+                .map_err(|source| StepError::TypeChanged { name: name.to_owned(), source });
+        }
+        if attempt.is_lost() {
+            return Err(StepError::LeaseLost);
+        }
+        let result = work.await.map_err(StepError::Failed)?;
+        let bytes = serde_json::to_vec(&result).map_err(StepError::NotSerializable)?;
+        match journal.record(name, Bytes::from(bytes)).await {
+            Ok(Written::Done) => Ok(result),
+            Ok(Written::Fenced(_) | Written::Gone) => {
+                attempt.lose();
+                Err(StepError::LeaseLost)
+            }
+            Err(error) => Err(StepError::Store(error)),
+        }
+    }
+
+    /// What was bound to the key when it was issued.
+    pub(crate) fn issued(&self) -> Option<Bytes> {
+        self.get().journal.as_ref()?.issued.clone()
+    }
+
     fn get(&self) -> &Arc<Attempt> {
-        self.0.get_or_init(|| Attempt::new(OperationId::random(), 1))
+        self.0.get_or_init(|| Attempt::new(OperationId::random(), 1, None))
     }
 
     /// Says which attempt the handler works on. Whoever asked before the claim was granted has an
@@ -100,11 +171,14 @@ pub(crate) struct Attempt {
     pub(crate) number: u32,
     lost: AtomicBool,
     changed: Notify,
+    /// `None` where nothing is claimed.
+    journal: Option<Journal>,
 }
 
 impl Attempt {
-    pub(crate) fn new(id: OperationId, number: u32) -> Arc<Self> {
-        Arc::new(Self { id, number, lost: AtomicBool::new(false), changed: Notify::new() })
+    pub(crate) fn new(id: OperationId, number: u32, journal: Option<Journal>) -> Arc<Self> {
+        let (lost, changed) = (AtomicBool::new(false), Notify::new());
+        Arc::new(Self { id, number, lost, changed, journal })
     }
 
     pub(crate) fn lose(&self) {
@@ -115,6 +189,70 @@ impl Attempt {
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
+}
+
+/// What an attempt records before it ends.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    engine: Weak<Shared>,
+    key: Key,
+    token: Token,
+    issued: Option<Bytes>,
+    /// Held while a step is being recorded: a record holds all steps, so they are written in turn.
+    progress: Mutex<Progress>,
+}
+
+impl Journal {
+    /// The journal of a claim, with what earlier attempts wrote into it.
+    pub(crate) fn new(engine: Weak<Shared>, key: Key, token: Token, progress: Progress) -> Self {
+        let issued = progress.issued.clone();
+        Self { engine, key, token, issued, progress: Mutex::new(progress) }
+    }
+
+    async fn result(&self, name: &str) -> Option<Bytes> {
+        let progress = self.progress.lock().await;
+        progress.steps.iter().find(|(known, _)| known == name).map(|(_, result)| result.clone())
+    }
+
+    async fn record(&self, name: &str, result: Bytes) -> Result<Written, StoreError> {
+        let Some(engine) = self.engine.upgrade() else {
+            return Err(StoreError::new("idem", StoreErrorKind::Unreachable));
+        };
+        let mut progress = self.progress.lock().await;
+        progress.steps.push((name.to_owned(), result));
+        let written = engine.checkpoint(&self.key, &self.token, progress.encode()).await;
+        if !matches!(written, Ok(Written::Done)) {
+            progress.steps.pop();
+        }
+        written
+    }
+}
+
+/// Why a step has no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StepError<E> {
+    /// The step failed; it is not recorded.
+    #[error("the step failed")]
+    Failed(#[source] E),
+    /// Another attempt has taken over. Stop: it goes on with the work.
+    #[error("another attempt of this operation has taken over")]
+    LeaseLost,
+    /// The step was taken and its result could not be recorded: a later attempt takes it again.
+    #[error("the step's result could not be recorded")]
+    Store(#[source] StoreError),
+    /// The step was taken and its result cannot be written as JSON.
+    #[error("the step's result cannot be written as JSON")]
+    NotSerializable(#[source] serde_json::Error),
+    /// An earlier release recorded this step with a result of another type. Give a step whose type
+    /// changes another name.
+    #[error("step `{name}` was recorded with a result of another type")]
+    TypeChanged {
+        /// The step.
+        name: String,
+        /// Why the recorded result is not one of this type.
+        source: serde_json::Error,
+    },
 }
 
 /// A key for a downstream call; prints as a UUID.
@@ -153,7 +291,7 @@ mod tests {
     #[test]
     fn derived_keys_are_what_they_were() {
         let operation = Operation::default();
-        operation.grant(&Attempt::new(OperationId::from_bytes([7; 16]), 2));
+        operation.grant(&Attempt::new(OperationId::from_bytes([7; 16]), 2, None));
         let key = operation.derive("psp");
         assert_eq!(key.to_string(), "abc07c76-d767-5510-a4c0-d18621aba31b");
         assert_eq!(key.short(), "q8B8dtdnVRCkwNGGIaujGw");
@@ -163,7 +301,7 @@ mod tests {
     #[tokio::test]
     async fn a_lost_lease_wakes_who_watches_for_it() {
         let operation = Operation::default();
-        let attempt = Attempt::new(OperationId::random(), 1);
+        let attempt = Attempt::new(OperationId::random(), 1, None);
         operation.grant(&attempt);
         assert!(!operation.is_lease_lost());
         let watch = tokio::spawn({

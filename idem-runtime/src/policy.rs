@@ -9,6 +9,7 @@ use crate::{
     decision::OnUnknown,
     fingerprint::FingerprintScheme,
     record::Ttl,
+    hooks::{AdmitFn, RecoverFn, ReplayShape},
     refusal::Refusals,
 };
 
@@ -66,6 +67,10 @@ pub(crate) struct Options {
     pub(crate) refusals: Option<&'static dyn Refusals>,
     pub(crate) mode: Option<Mode>,
     pub(crate) store_outage: Option<StoreOutage>,
+    pub(crate) issued: Option<bool>,
+    pub(crate) recover: Option<RecoverFn>,
+    pub(crate) admit: Option<AdmitFn>,
+    pub(crate) replay: Option<ReplayShape>,
 }
 
 impl Options {
@@ -82,6 +87,10 @@ impl Options {
         refusals: None,
         mode: None,
         store_outage: None,
+        issued: None,
+        recover: None,
+        admit: None,
+        replay: None,
     };
 
     /// What is said here, and `other` where nothing is.
@@ -99,6 +108,10 @@ impl Options {
             refusals: self.refusals.or(other.refusals),
             mode: self.mode.or(other.mode),
             store_outage: self.store_outage.or(other.store_outage),
+            issued: self.issued.or(other.issued),
+            recover: self.recover.or(other.recover),
+            admit: self.admit.or(other.admit),
+            replay: self.replay.or(other.replay),
         }
     }
 }
@@ -220,9 +233,37 @@ impl Policy {
         self
     }
 
-    #[doc(hidden)]
+    /// What becomes of a request whose last attempt ended without saying whether its effect
+    /// happened. Default: it runs again.
     pub const fn on_unknown(mut self, on_unknown: OnUnknown) -> Self {
         self.options.on_unknown = Some(on_unknown);
+        self
+    }
+
+    /// Asks this function what became of a request whose last attempt ended without saying; see
+    /// [`Recovered`](crate::Recovered).
+    pub const fn recover(mut self, recover: RecoverFn) -> Self {
+        self.options.on_unknown = Some(OnUnknown::Recover);
+        self.options.recover = Some(recover);
+        self
+    }
+
+    /// Asks this function whether a request that would run may: for quotas and rate limits, which
+    /// replays and refusals do not touch. A denied request has not happened.
+    pub const fn admit(mut self, admit: AdmitFn) -> Self {
+        self.options.admit = Some(admit);
+        self
+    }
+
+    /// Sends replays in another shape than they were recorded in.
+    pub const fn replay(mut self, shape: ReplayShape) -> Self {
+        self.options.replay = Some(shape);
+        self
+    }
+
+    /// Takes only keys that the server handed out by [`issue`](crate::Idempotency::issue).
+    pub const fn issued(mut self) -> Self {
+        self.options.issued = Some(true);
         self
     }
 
@@ -237,7 +278,12 @@ impl Policy {
             optional: said.optional.unwrap_or(false),
             fingerprint: said.fingerprint.unwrap_or(FingerprintScheme::request()),
             record: said.record.unwrap_or_default(),
+            in_flight: said.in_flight.unwrap_or_default(),
             on_unknown: said.on_unknown.unwrap_or_default(),
+            recover: said.recover,
+            admit: said.admit,
+            replay: said.replay,
+            issued: said.issued.unwrap_or(false),
             lease: said.lease.unwrap_or(DEFAULT_LEASE).max(SHORTEST_LEASE),
             refusals: said.refusals,
             mode: said.mode.unwrap_or_default(),
@@ -246,7 +292,7 @@ impl Policy {
     }
 }
 
-const DEFAULT_TTL: Ttl = Ttl::For(Duration::from_secs(24 * 60 * 60));
+pub(crate) const DEFAULT_TTL: Ttl = Ttl::For(Duration::from_secs(24 * 60 * 60));
 const DEFAULT_LEASE: Duration = Duration::from_secs(30);
 /// Below this a renewal could not arrive in time.
 const SHORTEST_LEASE: Duration = Duration::from_millis(100);
@@ -261,7 +307,12 @@ pub(crate) struct Resolved {
     pub(crate) optional: bool,
     pub(crate) fingerprint: FingerprintScheme,
     pub(crate) record: Recording,
+    pub(crate) in_flight: InFlight,
     pub(crate) on_unknown: OnUnknown,
+    pub(crate) recover: Option<RecoverFn>,
+    pub(crate) admit: Option<AdmitFn>,
+    pub(crate) replay: Option<ReplayShape>,
+    pub(crate) issued: bool,
     pub(crate) lease: Duration,
     pub(crate) refusals: Option<&'static dyn Refusals>,
     pub(crate) mode: Mode,
@@ -302,6 +353,10 @@ pub enum InFlight {
     /// It is refused at once, with `Retry-After`.
     #[default]
     Reject,
+    /// It waits for the original's answer, at most this long, and is refused then. A client may ask
+    /// for less by `Prefer: wait=N` (RFC 7240, in seconds). A duplicate that waits never runs: if
+    /// the original ends without an answer, it is refused and its retry runs.
+    Wait(Duration),
 }
 
 /// How much of idem is in force, for introducing it into a running service.

@@ -253,6 +253,86 @@ impl RecordedResponse {
     }
 }
 
+/// What a record carries before it is completed: the payload of an issued key, and the results of
+/// the steps that were taken.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// What was bound to the key when it was issued.
+    pub issued: Option<Bytes>,
+    /// The results of steps, by their names, in order.
+    pub steps: Vec<(String, Bytes)>,
+}
+
+/// The first byte of a payload that is progress.
+const PROGRESS: u8 = 2;
+
+impl Progress {
+    /// Writes progress as a record's payload; none is an empty payload.
+    ///
+    /// ```text
+    /// 2: u8, issued: u8 (0 or 1), then if it is 1: length: u32, the issued payload
+    /// then for each step: name length: u32, result length: u32, name, result
+    /// ```
+    pub fn encode(&self) -> Bytes {
+        if self.issued.is_none() && self.steps.is_empty() {
+            return Bytes::new();
+        }
+        let mut out = BytesMut::new();
+        out.put_u8(PROGRESS);
+        out.put_u8(u8::from(self.issued.is_some()));
+        if let Some(issued) = &self.issued {
+            out.put_u32(issued.len() as u32);
+            out.put_slice(issued);
+        }
+        for (name, result) in &self.steps {
+            out.put_u32(name.len() as u32);
+            out.put_u32(result.len() as u32);
+            out.put_slice(name.as_bytes());
+            out.put_slice(result);
+        }
+        out.freeze()
+    }
+
+    /// Reads a record's payload back.
+    ///
+    /// # Errors
+    ///
+    /// [`CorruptPayload`] when the payload is not what [`encode`](Self::encode) writes.
+    pub fn decode(payload: &Bytes) -> Result<Self, CorruptPayload> {
+        let mut rest = payload.clone();
+        if rest.is_empty() {
+            return Ok(Self::default());
+        }
+        let [PROGRESS, has_issued @ (0 | 1)] = take_array(&mut rest)? else {
+            return Err(CorruptPayload(()));
+        };
+        let issued = match has_issued {
+            1 => {
+                let length = u32::from_be_bytes(take_array(&mut rest)?) as usize;
+                Some(take(&mut rest, length)?)
+            }
+            _ => None,
+        };
+        let mut steps = Vec::new();
+        while !rest.is_empty() {
+            let name = u32::from_be_bytes(take_array(&mut rest)?) as usize;
+            let result = u32::from_be_bytes(take_array(&mut rest)?) as usize;
+            let name = String::from_utf8(take(&mut rest, name)?.into());
+            let name = name.map_err(|_| CorruptPayload(()))?;
+            steps.push((name, take(&mut rest, result)?));
+        }
+        Ok(Self { issued, steps })
+    }
+}
+
+/// Payloads and results are somebody's data: only the names of steps are shown.
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let steps: Vec<_> = self.steps.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Progress").field("issued", &self.issued.is_some()).field("steps", &steps).finish()
+    }
+}
+
 fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, CorruptPayload> {
     if rest.len() < length {
         return Err(CorruptPayload(()));
@@ -302,11 +382,32 @@ mod tests {
     }
 
     #[test]
+    fn progress_survives_and_is_refused_when_cut_short() {
+        for issued in [None, Some(Bytes::new()), Some(Bytes::from_static(b"\x00payload"))] {
+            for steps in 0..3 {
+                let steps = (0..steps).map(|n| (format!("step {n}"), Bytes::from(vec![n; n.into()])));
+                let progress = Progress { issued: issued.clone(), steps: steps.collect() };
+                let payload = progress.encode();
+                assert_eq!(Progress::decode(&payload).unwrap(), progress);
+            }
+        }
+        let steps = vec![("a".to_owned(), Bytes::from_static(b"1"))];
+        let whole = Progress { issued: Some(Bytes::from_static(b"p")), steps }.encode();
+        let at_a_boundary = [0, 7];
+        for length in (0..whole.len()).filter(|length| !at_a_boundary.contains(length)) {
+            assert!(Progress::decode(&whole.slice(..length)).is_err(), "{length}");
+        }
+        assert!(Progress::decode(&sample()).is_err(), "a response is no progress");
+    }
+
+    #[test]
     fn arbitrary_bytes_never_panic() {
         for _ in 0..20_000 {
             let bytes: Vec<u8> =
                 (0..rand::random::<u8>() % 40).map(|_| rand::random::<u8>() % 4).collect();
-            let _ = RecordedResponse::decode(&Bytes::from(bytes));
+            let bytes = Bytes::from(bytes);
+            let _ = RecordedResponse::decode(&bytes);
+            let _ = Progress::decode(&bytes);
         }
     }
 }

@@ -1,0 +1,232 @@
+//! Hooks: where an application has a say in what becomes of a request.
+
+use std::{any::Any, error::Error, fmt, sync::Arc};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Method, Response, StatusCode, Uri, header, request::Parts};
+use http_body_util::combinators::UnsyncBoxBody;
+
+use crate::{json, operation::Operation};
+
+/// A response of the application's, whatever made it.
+pub(crate) type AnyResponse = Response<UnsyncBoxBody<Bytes, Box<dyn Error + Send + Sync>>>;
+
+/// Decides whether a request that would run may run.
+pub(crate) type AdmitFn = fn(RequestContext) -> BoxFuture<'static, Result<(), Denied>>;
+/// Finds out what became of an operation whose last attempt did not say.
+pub(crate) type RecoverFn = fn(RequestContext) -> BoxFuture<'static, Recovered>;
+
+/// A request as `admit` and `recover` functions see it: after its claim, before its handler.
+pub struct RequestContext {
+    pub(crate) operation: Operation,
+    pub(crate) head: Parts,
+    pub(crate) body: Bytes,
+    pub(crate) state: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl RequestContext {
+    /// The operation: the same that the handler gets.
+    pub const fn operation(&self) -> &Operation {
+        &self.operation
+    }
+
+    /// The method.
+    pub const fn method(&self) -> &Method {
+        &self.head.method
+    }
+
+    /// The URI, as the handler sees it.
+    pub const fn uri(&self) -> &Uri {
+        &self.head.uri
+    }
+
+    /// All headers.
+    pub const fn headers(&self) -> &HeaderMap {
+        &self.head.headers
+    }
+
+    /// What layers and earlier extractors left.
+    pub const fn extensions(&self) -> &http::Extensions {
+        &self.head.extensions
+    }
+
+    /// The whole body; empty if neither the anchor nor the fingerprint needs it.
+    pub const fn body(&self) -> &Bytes {
+        &self.body
+    }
+
+    /// The router's state, if `S` is its type.
+    pub fn state<S: 'static>(&self) -> Option<&S> {
+        self.state.as_deref()?.downcast_ref()
+    }
+}
+
+/// The head may hold credentials and the body anything: neither is shown.
+impl fmt::Debug for RequestContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestContext").field("operation", &self.operation).finish_non_exhaustive()
+    }
+}
+
+/// Why a request may not run: the response that it gets. Nothing happened.
+#[derive(Debug)]
+pub struct Denied(pub(crate) AnyResponse);
+
+/// What became of an operation whose last attempt ended without saying.
+#[derive(Debug)]
+#[must_use]
+pub struct Recovered(pub(crate) Recovery);
+
+#[derive(Debug)]
+pub(crate) enum Recovery {
+    Answered(AnyResponse),
+    NeverHappened,
+    Unknown,
+}
+
+impl Recovered {
+    /// It never happened: the handler runs.
+    pub const fn never_happened() -> Self {
+        Self(Recovery::NeverHappened)
+    }
+
+    /// It cannot be said: the request is refused as an unknown outcome, and the next one asks
+    /// again.
+    pub const fn unknown() -> Self {
+        Self(Recovery::Unknown)
+    }
+}
+
+/// How a replay differs from what was recorded. The record itself never changes.
+///
+/// ```
+/// use http::StatusCode;
+/// use idem_runtime::ReplayShape;
+///
+/// const MARKED: ReplayShape =
+///     ReplayShape::new().status(StatusCode::OK).merge(r#"{"replayed":true}"#);
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+#[must_use = "a shape does nothing until a policy has it"]
+pub struct ReplayShape {
+    status: Option<StatusCode>,
+    merge: Option<&'static str>,
+    with: Option<fn(Response<Bytes>) -> Response<Bytes>>,
+}
+
+impl ReplayShape {
+    /// As it was recorded.
+    pub const fn new() -> Self {
+        Self { status: None, merge: None, with: None }
+    }
+
+    /// Another status.
+    pub const fn status(mut self, status: StatusCode) -> Self {
+        self.status = Some(status);
+        self
+    }
+
+    /// The members of this JSON object over those of the recorded one. A recorded body that is not
+    /// a JSON object stays as it is.
+    pub const fn merge(mut self, members: &'static str) -> Self {
+        self.merge = Some(members);
+        self
+    }
+
+    /// Whatever a function makes of the response that would be sent.
+    pub const fn with(mut self, shape: fn(Response<Bytes>) -> Response<Bytes>) -> Self {
+        self.with = Some(shape);
+        self
+    }
+
+    pub(crate) fn apply(&self, mut response: Response<Bytes>) -> Response<Bytes> {
+        if let Some(status) = self.status {
+            *response.status_mut() = status;
+        }
+        if let Some(members) = self.merge {
+            match json::merge(response.body(), members.as_bytes()) {
+                Ok(merged) => {
+                    *response.body_mut() = Bytes::from(merged);
+                    response.headers_mut().remove(header::CONTENT_LENGTH);
+                }
+                Err(error) => {
+                    let error = &error as &dyn Error;
+                    tracing::warn!(error, "a recorded body is no JSON object: replayed as it is");
+                }
+            }
+        }
+        match self.with {
+            Some(shape) => shape(response),
+            None => response,
+        }
+    }
+}
+
+/// What becomes of one response, whatever the policy says of its status: return it before the
+/// parts of a response.
+///
+/// ```
+/// use axum::http::StatusCode;
+/// use idem_runtime::{Settle, idempotent};
+///
+/// #[idempotent(anchor = header("Idempotency-Key"))]
+/// async fn transfer(body: String) -> (StatusCode, Settle, &'static str) {
+///     // Final: the same request gets this answer again.
+///     (StatusCode::CONFLICT, Settle::recorded(), "the account is closed")
+/// }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "it does nothing until it is part of a response"]
+pub struct Settle {
+    pub(crate) fate: Fate,
+    pub(crate) ttl: Option<crate::record::Ttl>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// As the policy says.
+    ByPolicy,
+    Record,
+    Tombstone,
+    Forget,
+    Release,
+}
+
+impl Settle {
+    /// Recorded and replayed.
+    pub const fn recorded() -> Self {
+        Self::to(Fate::Record)
+    }
+
+    /// Not kept, but the fact is: a retry is refused as not replayable. For answers that carry what
+    /// must not be stored.
+    pub const fn tombstone() -> Self {
+        Self::to(Fate::Tombstone)
+    }
+
+    /// Nothing happened: the key is free again.
+    pub const fn forgotten() -> Self {
+        Self::to(Fate::Forget)
+    }
+
+    /// Nobody knows whether it happened: what the policy says of unknown outcomes holds.
+    pub const fn uncertain() -> Self {
+        Self::to(Fate::Release)
+    }
+
+    /// As the policy says, but kept for another time.
+    pub const fn for_time(ttl: crate::record::Ttl) -> Self {
+        Self { fate: Fate::ByPolicy, ttl: Some(ttl) }
+    }
+
+    /// Kept for another time than the policy's.
+    pub const fn ttl(mut self, ttl: crate::record::Ttl) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    const fn to(fate: Fate) -> Self {
+        Self { fate, ttl: None }
+    }
+}

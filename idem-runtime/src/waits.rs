@@ -1,0 +1,161 @@
+//! Waiting for the answer of a request that is running.
+//!
+//! All waiters on one key share a *room*. One task a room looks at the record: at once when the
+//! owner in this process has ended, and now and then for owners in others. However many wait, they
+//! cost the store one look at a time, and neither a thread nor a connection.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, timeout, timeout_at},
+};
+
+use crate::{
+    engine::Shared,
+    key::Key,
+    record::{Record, State},
+};
+
+/// How soon an owner in another process is asked after, and how rarely at last.
+const FIRST_LOOK: Duration = Duration::from_millis(20);
+const LAST_LOOKS: Duration = Duration::from_secs(1);
+
+/// What the waiters are told.
+#[derive(Clone, Debug)]
+pub(crate) enum News {
+    /// It is still running.
+    Running,
+    /// It has ended: with this record, or without one.
+    Ended(Option<Arc<Record>>),
+    /// The server is shutting down.
+    ShuttingDown,
+}
+
+/// The rooms of an engine.
+#[derive(Debug, Default)]
+pub(crate) struct Waits {
+    rooms: Mutex<Rooms>,
+}
+
+#[derive(Debug, Default)]
+struct Rooms {
+    open: HashMap<Key, Weak<Room>>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Room {
+    news: watch::Sender<News>,
+    /// The owner has ended here.
+    ended: Notify,
+}
+
+/// A waiter's place; the last one to leave closes the room.
+#[derive(Debug)]
+pub(crate) struct Place {
+    room: Arc<Room>,
+    news: watch::Receiver<News>,
+}
+
+impl Waits {
+    /// Takes a place among those who wait for a key. Must be called on a tokio runtime.
+    pub(crate) fn enter(&self, shared: &Arc<Shared>, key: Key) -> Place {
+        let mut rooms = self.lock();
+        let (room, is_new) = match rooms.open.get(&key).and_then(Weak::upgrade) {
+            Some(room) => (room, false),
+            None => {
+                let news = if rooms.closed { News::ShuttingDown } else { News::Running };
+                let room = Room { news: watch::Sender::new(news), ended: Notify::new() };
+                let room = Arc::new(room);
+                rooms.open.insert(key, Arc::downgrade(&room));
+                (room, true)
+            }
+        };
+        drop(rooms);
+        if is_new {
+            tokio::spawn(look(Arc::downgrade(shared), Arc::downgrade(&room), key));
+        }
+        Place { news: room.news.subscribe(), room }
+    }
+
+    /// Says that the owner of a key has ended in this process.
+    pub(crate) fn ended(&self, key: &Key) {
+        if let Some(room) = self.lock().open.get(key).and_then(Weak::upgrade) {
+            room.ended.notify_one();
+        }
+    }
+
+    /// Wakes all waiters, now and later.
+    pub(crate) fn close(&self) {
+        let mut rooms = self.lock();
+        rooms.closed = true;
+        for room in rooms.open.values().filter_map(Weak::upgrade) {
+            room.news.send_replace(News::ShuttingDown);
+        }
+    }
+
+    /// Takes a room out of the list: whoever comes now is to look for himself.
+    fn remove(&self, key: &Key, room: &Weak<Room>) {
+        let mut rooms = self.lock();
+        if rooms.open.get(key).is_some_and(|known| known.ptr_eq(room)) {
+            rooms.open.remove(key);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Rooms> {
+        self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    /// Waits for news until an instant; without news it is still running.
+    pub(crate) async fn wait_until(mut self, bound: Instant) -> News {
+        let ended = self.news.wait_for(|news| !matches!(news, News::Running));
+        match timeout_at(bound, ended).await {
+            Ok(Ok(news)) => news.clone(),
+            // The room's task cannot end before its waiters have news; were it cut off with its
+            // runtime, they would be told at their bound.
+            Ok(Err(_)) | Err(_) => News::Running,
+        }
+    }
+}
+
+/// Looks at a key's record until there are news, nobody waits any more, or the engine is gone.
+async fn look(engine: Weak<Shared>, room: Weak<Room>, key: Key) {
+    let mut pauses = ExponentialBuilder::default()
+        .with_min_delay(FIRST_LOOK)
+        .with_max_delay(LAST_LOOKS)
+        .with_jitter()
+        .without_max_times()
+        .build();
+    while let Some(waiters) = room.upgrade() {
+        let pause = pauses.next().unwrap_or(LAST_LOOKS);
+        let _ = timeout(pause, waiters.ended.notified()).await;
+        let Some(shared) = engine.upgrade() else { return };
+        // A store that does not answer now may do so at the next look.
+        let Ok(record) = shared.ask(shared.store.read(&key)).await else { continue };
+        let running = |record: &Record| {
+            record.state == State::Running && !record.lease_left.is_zero()
+        };
+        if !record.as_ref().is_some_and(running) {
+            shared.waits.remove(&key, &room);
+            waiters.news.send_if_modified(|news| {
+                let first = matches!(news, News::Running);
+                if first {
+                    *news = News::Ended(record.map(Arc::new));
+                }
+                first
+            });
+            return;
+        }
+    }
+    if let Some(shared) = engine.upgrade() {
+        shared.waits.remove(&key, &room);
+    }
+}
