@@ -448,6 +448,7 @@ impl Shared {
             token: Token::random(),
             lease: call.policy.lease,
             ttl: call.policy.ttl,
+            issued_only: false,
             on_unknown: call.policy.on_unknown,
             format: FORMAT,
         };
@@ -460,6 +461,9 @@ impl Shared {
                     return Admission::Run(self.granted(call, &claim, &record));
                 }
                 Ok(Claimed::Found(record)) => record,
+                Ok(Claimed::Unknown) => {
+                    return self.refuse(call, Refusal::new(RefusalKind::UnknownKey), None);
+                }
                 Err(error) => return self.outage(call, &claim, &error),
             };
             let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
@@ -474,7 +478,7 @@ impl Shared {
             };
             let asked = Asked {
                 same: ours == record.fingerprint,
-                issued_only: false,
+                issued_only: claim.issued_only,
                 on_unknown: call.policy.on_unknown,
             };
             let kind = match decide(record.seen(), asked) {

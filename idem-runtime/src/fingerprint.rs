@@ -201,7 +201,7 @@ impl Scheme<'_> {
         subject: &Subject<'_>,
     ) -> Result<Fingerprint, JsonError> {
         if self.basis == Basis::None && self.headers.is_empty() {
-            return Ok(Fingerprint { scheme, digest: [0; 32] });
+            return Ok(Fingerprint { scheme, ..Fingerprint::NONE });
         }
         let mut head = Vec::with_capacity(256);
         put_bytes(&mut head, TAG);
@@ -300,6 +300,11 @@ mod tests {
         );
         assert_ne!(of(scheme, r#"{"tx":{"sig":"a"}}"#), of(scheme, r#"{"tx":{"sig":"b"}}"#));
         assert_ne!(of(scheme, r#"{"tx":{"sig":null}}"#), of(scheme, r#"{"tx":{}}"#));
+    }
+
+    #[test]
+    fn without_a_fingerprint_all_requests_are_the_same() {
+        assert_eq!(of(FingerprintScheme::none(), "{}"), Fingerprint::NONE);
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! | operation | method, matched route and decoded parameter values |
 //! | [fingerprint](FingerprintScheme) | what makes two requests the same request |
 //! | claim | the right to run the handler for a key, held under a lease and named by a fencing token |
-//! | [record](Record) | what the store holds for a key: running, released or completed |
+//! | [record](Record) | what the store holds for a key: issued, running, released or completed |
 //! | replay | an answer from a completed record |
 //! | mismatch | the same key with another fingerprint |
 //! | in flight | the same key, still running |

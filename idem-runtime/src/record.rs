@@ -93,6 +93,11 @@ pub struct Fingerprint {
     pub digest: [u8; 32],
 }
 
+impl Fingerprint {
+    /// The fingerprint by which all requests are the same one.
+    pub const NONE: Self = Self { scheme: Cow::Borrowed("none/1"), digest: [0; 32] };
+}
+
 impl fmt::Debug for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, ..] = self.digest;
@@ -115,9 +120,9 @@ pub struct Record {
     pub state: State,
     /// What the request was.
     pub fingerprint: Fingerprint,
-    /// Who claimed it last.
+    /// Who claimed it last; of a key that nobody has claimed, who issued it.
     pub token: Token,
-    /// How many claims on it have been granted, the first being 1.
+    /// How many claims on it have been granted, the first being 1; 0 while it is issued.
     pub attempt: u32,
     /// What is left of the lease; zero unless it is running and the lease is alive.
     pub lease_left: Duration,
@@ -127,11 +132,12 @@ pub struct Record {
     pub kept_left: Ttl,
     /// How long ago it was made.
     pub age: Duration,
-    /// The version of the format that it was written in.
+    /// The version of the format that it was written in, its payload above all.
     pub format: u16,
     /// One-bit facts.
     pub flags: Flags,
-    /// What the state carries: a completed record's response.
+    /// A completed record's response. Until then, what was issued with the key or what the last
+    /// checkpoint wrote; otherwise nothing.
     pub payload: Bytes,
 }
 

@@ -47,8 +47,10 @@
 //! # fn main() {}
 //! ```
 
+mod checkpoints;
 mod claiming;
 mod ending;
+mod issuing;
 mod time;
 
 use std::{sync::Arc, time::Duration};
@@ -56,7 +58,9 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+use self::claiming::race;
 pub use self::{
+    checkpoints::{a_checkpoint_survives_the_attempt, a_fenced_owner_checkpoints_nothing},
     claiming::{
         a_claim_follows_the_decision, a_lapsed_lease_is_taken_over,
         a_refused_claim_changes_nothing, claiming_twice_with_one_token_is_one_claim,
@@ -67,6 +71,11 @@ pub use self::{
         a_fenced_owner_changes_nothing, a_forgotten_key_starts_afresh,
         a_late_owner_completes_if_nobody_claimed_since, a_newer_record_is_refused_and_kept,
         a_released_record_keeps_what_it_must, completing_happens_once,
+    },
+    issuing::{
+        a_forgotten_issued_key_is_issued_again, a_released_issued_key_stays_with_its_request,
+        an_issued_key_keeps_its_validity, issuing_happens_once,
+        only_issued_keys_are_granted_to_who_asks_for_them,
     },
     time::{
         an_unfinished_record_is_kept_for_its_time_to_live,
@@ -79,7 +88,9 @@ use crate::{
     decision::OnUnknown,
     key::{Key, OperationId, ScopeDigest, Token},
     record::{FORMAT, Fingerprint, Flags, Record, Ttl},
-    store::{Claim, Claimed, Completion, Store, StoreError, StoreErrorKind, Written},
+    store::{
+        Checkpoint, Claim, Claimed, Completion, Issue, Store, StoreError, StoreErrorKind, Written,
+    },
 };
 
 /// An empty store and its clock. Each law gets one of its own.
@@ -127,6 +138,13 @@ macro_rules! store_laws {
             for_ever_has_no_end
             sweeping_leaves_the_living
             a_newer_record_is_refused_and_kept
+            only_issued_keys_are_granted_to_who_asks_for_them
+            issuing_happens_once
+            an_issued_key_keeps_its_validity
+            a_forgotten_issued_key_is_issued_again
+            a_released_issued_key_stays_with_its_request
+            a_checkpoint_survives_the_attempt
+            a_fenced_owner_checkpoints_nothing
         }
     };
     (@each $fixture:expr; $($law:ident)+) => {
@@ -143,6 +161,10 @@ macro_rules! store_laws {
 const LEASE: Duration = Duration::from_secs(60);
 /// How long their records live.
 const TTL: Duration = Duration::from_secs(3600);
+/// How long their issued keys can be used.
+const VALID: Duration = TTL;
+/// How long their issued keys are known.
+const KEPT: Duration = Duration::from_secs(3 * 3600);
 /// How much time may pass by itself between two calls of a law.
 const SLACK: Duration = Duration::from_secs(10);
 
@@ -162,9 +184,36 @@ fn claim_on(key: Key) -> Claim {
         token: Token::random(),
         lease: LEASE,
         ttl: Ttl::For(TTL),
+        issued_only: false,
         on_unknown: OnUnknown::Rerun,
         format: FORMAT,
     }
+}
+
+/// The issuing of a key that nothing else uses.
+fn any_issue() -> Issue {
+    issue_on(Key::from_bytes(rand::random()))
+}
+
+/// The issuing of a key, by an issuer of its own.
+fn issue_on(key: Key) -> Issue {
+    Issue {
+        key,
+        scope: ScopeDigest::from_bytes([0x5c; 32]),
+        operation: Arc::from("POST /laws"),
+        operation_id: OperationId::random(),
+        token: Token::random(),
+        valid_for: Ttl::For(VALID),
+        kept_for: Ttl::For(KEPT),
+        payload: Bytes::from_static(b"bound \0 to the key \xff"),
+        format: FORMAT,
+    }
+}
+
+/// A checkpoint under a claim.
+fn checkpoint_of(claim: &Claim, payload: &'static [u8]) -> Checkpoint {
+    let payload = Bytes::from_static(payload);
+    Checkpoint { key: claim.key, token: claim.token, payload, format: claim.format }
 }
 
 /// The completion of a claim.
@@ -185,6 +234,7 @@ fn completion_of(claim: &Claim, payload: &'static [u8]) -> Completion {
 trait Ask {
     async fn granted(&self, claim: &Claim, reason: &str) -> Record;
     async fn refused(&self, claim: &Claim, reason: &str) -> Record;
+    async fn unknown(&self, claim: &Claim, reason: &str);
     async fn kept(&self, key: &Key, reason: &str) -> Record;
     async fn none(&self, key: &Key, reason: &str);
     async fn swept(&self, limit: usize) -> usize;
@@ -202,6 +252,13 @@ impl Ask for Arc<dyn Store> {
         match self.claim(claim).await {
             Ok(Claimed::Found(record)) => record,
             answer => panic!("the claim must be refused: {reason}; got {answer:?}"),
+        }
+    }
+
+    async fn unknown(&self, claim: &Claim, reason: &str) {
+        match self.claim(claim).await {
+            Ok(Claimed::Unknown) => {}
+            answer => panic!("the key must be unknown: {reason}; got {answer:?}"),
         }
     }
 
@@ -224,19 +281,19 @@ impl Ask for Arc<dyn Store> {
     }
 }
 
-/// The answer to the end of a claim is that it is written.
+/// The answer is that it is written.
 #[track_caller]
 fn assert_done(answer: &Result<Written, StoreError>, reason: &str) {
     assert!(matches!(answer, Ok(Written::Done)), "must be done: {reason}; got {answer:?}");
 }
 
-/// The answer to the end of a claim is that there is no record.
+/// The answer is that there is no record.
 #[track_caller]
 fn assert_gone(answer: &Result<Written, StoreError>, reason: &str) {
     assert!(matches!(answer, Ok(Written::Gone)), "must be gone: {reason}; got {answer:?}");
 }
 
-/// The answer to the end of a claim is that another owns the key, with the record as it is.
+/// The answer is that the key is not held under this token, with the record as it is.
 #[track_caller]
 fn assert_fenced(answer: Result<Written, StoreError>, record: &Record, reason: &str) {
     match answer {

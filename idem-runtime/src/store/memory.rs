@@ -14,9 +14,10 @@ use futures_util::future::BoxFuture;
 use hashbrown::{HashTable, hash_table::Entry as Place};
 
 use super::{
-    Claim, Claimed, Clock, Completion, Renewal, Store, StoreError, StoreErrorKind, Written,
+    Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, Store, StoreError,
+    StoreErrorKind, Written,
     clock::{Millis, NEVER},
-    row::{Ended, Row, found},
+    row::{Ended, Opening, Row, found},
 };
 use crate::{
     key::{Key, Token},
@@ -43,8 +44,8 @@ const STEPS_A_LOCK: usize = 128;
 /// It is bounded by a number of records and by a number of bytes
 /// ([`MemoryStoreBuilder::max_records`], [`MemoryStoreBuilder::max_bytes`]). Nothing that is not
 /// expired is ever dropped to make room, since a dropped record is an operation that runs twice: at
-/// a bound, claims on new keys are refused with [`StoreErrorKind::Full`]. What is already claimed
-/// can always be completed.
+/// a bound, new keys are neither claimed nor issued ([`StoreErrorKind::Full`]). What is already
+/// claimed can always be completed.
 ///
 /// A clone is another handle to the same records.
 ///
@@ -88,9 +89,9 @@ impl MemoryStoreBuilder {
     /// No new keys while the records take more than about this many bytes. By default 512 MiB:
     /// those million records with responses of 250 bytes each.
     ///
-    /// What is counted is the records themselves, without the allocator's own share. Responses to
-    /// claims that were granted before are recorded beyond this bound, since refusing them would
-    /// repeat what has already happened.
+    /// What is counted is the records themselves, without the allocator's own share. Responses and
+    /// checkpoints of claims that were granted before are recorded beyond this bound, since
+    /// refusing them would repeat what has already happened.
     pub fn max_bytes(mut self, bytes: usize) -> Self {
         self.max_bytes = bytes;
         self
@@ -226,63 +227,66 @@ impl Shared {
         self.reweigh(entry.weight(), 0);
     }
 
-    fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
-        match self.try_claim(claim) {
+    /// Claims or issues a key.
+    fn open<O: Opening>(&self, opening: &O) -> Result<O::Answer, StoreError> {
+        match self.try_open(opening) {
             Err(StoreErrorKind::Full) => {
                 // Something may have expired in any shard. None is locked here: two claims that
                 // each held their own and waited for the other's would wait for ever.
                 self.sweep(STEPS_A_LOCK);
-                self.try_claim(claim)
+                self.try_open(opening)
             }
             answer => answer,
         }
         .map_err(|kind| StoreError::new(NAME, kind))
     }
 
-    fn try_claim(&self, claim: &Claim) -> Result<Claimed, StoreErrorKind> {
-        let mut shard = self.shard(&claim.key);
+    fn try_open<O: Opening>(&self, opening: &O) -> Result<O::Answer, StoreErrorKind> {
+        let key = opening.key();
+        let mut shard = self.shard(key);
         let now = self.clock.now();
         let Shard { entries, due } = &mut *shard;
-        let place = entries.entry(
-            hash(&claim.key),
-            |entry| entry.row.key == claim.key,
-            |entry| hash(&entry.row.key),
-        );
+        let place =
+            entries.entry(hash(key), |entry| entry.row.key == *key, |entry| hash(&entry.row.key));
         match place {
             Place::Occupied(mut place) => {
                 let entry = place.get_mut();
                 let before = entry.weight();
-                let claimed = if found(Some(&entry.row), claim.format, now)?.is_some() {
-                    entry.row.claim(claim, now)
+                let answer = if found(Some(&entry.row), opening.format(), now)?.is_some() {
+                    opening.on_row(&mut entry.row, now).1
                 } else {
-                    entry.row = Row::fresh(claim, now);
-                    Claimed::Granted(entry.row.record(now))
+                    let (row, answer) = opening.on_nothing(now);
+                    if let Some(row) = row {
+                        entry.row = row;
+                    }
+                    answer
                 };
                 self.reweigh(before, entry.weight());
                 Shard::schedule(due, entry);
-                Ok(claimed)
+                Ok(answer)
             }
             Place::Vacant(place) => {
+                let (row, answer) = opening.on_nothing(now);
+                let Some(row) = row else { return Ok(answer) };
                 if !self.reserve() {
                     return Err(StoreErrorKind::Full);
                 }
-                let mut entry = Box::new(Entry { due: NEVER, row: Row::fresh(claim, now) });
+                let mut entry = Box::new(Entry { due: NEVER, row });
                 self.reweigh(0, entry.weight());
                 Shard::schedule(due, &mut entry);
-                let record = entry.row.record(now);
                 place.insert(entry);
                 self.expire(&mut shard, now, STEPS_AN_INSERTION);
-                Ok(Claimed::Granted(record))
+                Ok(answer)
             }
         }
     }
 
-    /// Ends a claim as `end` says.
-    fn end(
+    /// Changes a row under a token, as `change` says.
+    fn change(
         &self,
         key: &Key,
         format: u16,
-        end: impl FnOnce(&mut Row, Millis) -> Ended,
+        change: impl FnOnce(&mut Row, Millis) -> Ended,
     ) -> Result<Written, StoreError> {
         let mut shard = self.shard(key);
         let now = self.clock.now();
@@ -298,7 +302,7 @@ impl Shared {
             return Ok(Written::Gone);
         }
         let before = entry.weight();
-        Ok(match end(&mut entry.row, now) {
+        Ok(match change(&mut entry.row, now) {
             Ended::Changed => {
                 self.reweigh(before, entry.weight());
                 Shard::schedule(due, entry);
@@ -401,7 +405,21 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 
 impl Store for MemoryStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
-        Box::pin(async move { self.0.claim(claim) })
+        Box::pin(async move { self.0.open(claim) })
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move { self.0.open(issue) })
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move {
+            let Checkpoint { key, format, .. } = checkpoint;
+            self.0.change(key, *format, |row, _| row.checkpoint(checkpoint))
+        })
     }
 
     fn complete<'a>(
@@ -409,7 +427,8 @@ impl Store for MemoryStore {
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            self.0.end(&completion.key, completion.format, |row, now| row.complete(completion, now))
+            let Completion { key, format, .. } = completion;
+            self.0.change(key, *format, |row, now| row.complete(completion, now))
         })
     }
 
@@ -418,7 +437,7 @@ impl Store for MemoryStore {
         key: &'a Key,
         token: &'a Token,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
-        Box::pin(async move { self.0.end(key, FORMAT, |row, now| row.release(*token, now)) })
+        Box::pin(async move { self.0.change(key, FORMAT, |row, now| row.release(*token, now)) })
     }
 
     fn forget<'a>(
@@ -426,7 +445,7 @@ impl Store for MemoryStore {
         key: &'a Key,
         token: &'a Token,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
-        Box::pin(async move { self.0.end(key, FORMAT, |row, now| row.forget(*token, now)) })
+        Box::pin(async move { self.0.change(key, FORMAT, |row, now| row.forget(*token, now)) })
     }
 
     fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {

@@ -89,7 +89,38 @@ use crate::{
 /// Formats:
 ///
 /// 21. `a_newer_record_is_refused_and_kept`: a record of a newer format than the caller's is
-///     [`StoreErrorKind::Newer`] to claims and to reads, and stays as it is.
+///     [`StoreErrorKind::Newer`] to claims, to issuing, to reads and to what is written under its
+///     token, and stays as it is.
+///
+/// Server-issued keys:
+///
+/// 22. `only_issued_keys_are_granted_to_who_asks_for_them`: to a claim that is
+///     [`issued_only`](Claim::issued_only), a key without a record is
+///     [`Unknown`](Claimed::Unknown), and none is made. Of any number of claims on an issued key at
+///     once exactly one is granted, as attempt 1, with what was issued as the payload, and with the
+///     operation, operation id and fingerprint that the claim says.
+/// 23. `issuing_happens_once`: of any number of calls under tokens of their own, exactly one issues
+///     the key. The same again under its token is [`Done`](Written::Done) and changes nothing,
+///     since the first answer may have been lost; over any other record that is still kept, issuing
+///     answers [`Fenced`](Written::Fenced) with the record as it is.
+/// 24. `an_issued_key_keeps_its_validity`: it counts from issuing, and neither claim nor renewal,
+///     checkpoint, completion, release or forgetting moves it. When it is over the key is refused,
+///     completed or not, and known for as long as it is kept, which is never shorter than its
+///     validity or a lease; a run that began in time completes after it.
+/// 25. `a_forgotten_issued_key_is_issued_again`: with its validity, and with its payload as it
+///     stands; its next user is attempt 1 and says anew what the operation is.
+/// 26. `a_released_issued_key_stays_with_its_request`: payload, fingerprint and operation id stay;
+///     the same request is the next attempt, another one is refused.
+///
+/// Checkpoints:
+///
+/// 27. `a_checkpoint_survives_the_attempt`: whoever is granted the next claim, after a release or
+///     after the lease's end, finds the last checkpoint's payload and format; only completing and
+///     forgetting end it. A late owner checkpoints if nobody has claimed since. It moves no time,
+///     and the same again is [`Done`](Written::Done). One that its caller no longer waits for
+///     never replaces a later one.
+/// 28. `a_fenced_owner_checkpoints_nothing`: nor does one that has ended its claim; where there is
+///     no record, the answer is [`Gone`](Written::Gone) and none is made.
 pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Claims a key in one atomic step.
     ///
@@ -98,6 +129,34 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// When the store cannot answer. The claim may then have been granted all the same: ask again
     /// with the same token, or release it.
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>>;
+
+    /// Hands a key out: makes a record that is [`Issued`](crate::State::Issued) and
+    /// [`Flags::ISSUED`], as attempt 0 and under [`Fingerprint::NONE`], in one atomic step.
+    ///
+    /// [`Written::Done`] says that the key is issued, now or by an earlier call under the same
+    /// token; [`Written::Fenced`] that it is already in use, and by which record. It is never
+    /// [`Written::Gone`].
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer, or is [`Full`](StoreErrorKind::Full). The key may then have
+    /// been issued all the same, which is harmless: nobody knows it, or the call is made again.
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>>;
+
+    /// Replaces the payload of a running record, under the token that holds the claim: what the
+    /// next attempt is to know if this one ends without an answer.
+    ///
+    /// Of two calls under one token the later one's payload stands, also when nobody waited for
+    /// the answer to the earlier one.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot answer. The payload may then have been written all the same; it is
+    /// harmless to ask again.
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>>;
 
     /// Records the answer, under the token that holds the claim.
     ///
@@ -122,6 +181,10 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Written, StoreError>>;
 
     /// Removes the record: nothing happened.
+    ///
+    /// The record of a key that the server handed out ([`Flags::ISSUED`]) goes back to being
+    /// issued. Its payload stays as the last checkpoint left it: what belongs to the forgotten
+    /// operation can be told by its operation id, since the next user brings another one.
     ///
     /// # Errors
     ///
@@ -174,6 +237,9 @@ pub struct Claim {
     pub lease: Duration,
     /// For how long an unfinished record is kept, counted from now.
     pub ttl: Ttl,
+    /// Whether only a key that the server handed out will do: without a record, nothing is
+    /// granted. A record that is there is decided like any other.
+    pub issued_only: bool,
     /// What an unknown outcome leads to.
     pub on_unknown: OnUnknown,
     /// The newest format that the claimant reads, and the one of a fresh record.
@@ -187,10 +253,78 @@ pub enum Claimed {
     Granted(Record),
     /// It is not: this is the record that stands in its way, unchanged.
     Found(Record),
+    /// It is not: the claim asked for a key that the server handed out, and there is no record.
+    Unknown,
+}
+
+/// A key to be handed out.
+#[derive(Clone)]
+pub struct Issue {
+    /// The key.
+    pub key: Key,
+    /// Whose it is.
+    pub scope: ScopeDigest,
+    /// Method and route of whoever hands it out, in plain text, for people. The first claim
+    /// replaces it by its own.
+    pub operation: Arc<str>,
+    /// The operation id of whoever hands it out. The first claim replaces it by its own.
+    pub operation_id: OperationId,
+    /// The token by which the same call is known if it is made again.
+    pub token: Token,
+    /// For how long the key can be used, counted from now.
+    pub valid_for: Ttl,
+    /// For how long the key is known, counted from now: in the time between, it is expired instead
+    /// of unknown. Where this is shorter than its validity, the validity counts.
+    pub kept_for: Ttl,
+    /// What is bound to the key, for whoever claims it.
+    pub payload: Bytes,
+    /// The format of the payload.
+    pub format: u16,
+}
+
+/// What is bound to a key is somebody's data: only its size is shown.
+impl fmt::Debug for Issue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Issue")
+            .field("key", &self.key)
+            .field("operation", &self.operation)
+            .field("operation_id", &self.operation_id)
+            .field("token", &self.token)
+            .field("valid_for", &self.valid_for)
+            .field("kept_for", &self.kept_for)
+            .field("payload_bytes", &self.payload.len())
+            .field("format", &self.format)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an attempt leaves to the next one.
+#[derive(Clone)]
+pub struct Checkpoint {
+    /// The key.
+    pub key: Key,
+    /// The token that holds the claim.
+    pub token: Token,
+    /// The record's new payload, which replaces the one before.
+    pub payload: Bytes,
+    /// The format of the payload.
+    pub format: u16,
+}
+
+/// Payloads are somebody's data: only their size is shown.
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("key", &self.key)
+            .field("token", &self.token)
+            .field("payload_bytes", &self.payload.len())
+            .field("format", &self.format)
+            .finish()
+    }
 }
 
 /// An answer to be recorded.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Completion {
     /// The key.
     pub key: Key,
@@ -207,7 +341,21 @@ pub struct Completion {
     pub format: u16,
 }
 
-/// A store's answer to the end of a claim.
+/// Answers are somebody's data: only their size is shown.
+impl fmt::Debug for Completion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Completion")
+            .field("key", &self.key)
+            .field("token", &self.token)
+            .field("ttl", &self.ttl)
+            .field("flags", &self.flags)
+            .field("payload_bytes", &self.payload.len())
+            .field("format", &self.format)
+            .finish()
+    }
+}
+
+/// A store's answer to what is written under a token.
 #[expect(
     clippy::large_enum_variant,
     reason = "an answer lives for one match; a box would cost each fenced owner an allocation"
@@ -216,7 +364,7 @@ pub struct Completion {
 pub enum Written {
     /// It is written, now or by an earlier call of the same kind whose answer was lost.
     Done,
-    /// It is not: the key is no longer claimed under this token. This is its record, unchanged.
+    /// It is not: the key is not held under this token. This is its record, unchanged.
     Fenced(Record),
     /// It is not: there is no record.
     Gone,

@@ -9,11 +9,11 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 
 use super::{
-    Claim, Claimed, Completion, Renewal, StoreErrorKind,
+    Checkpoint, Claim, Claimed, Completion, Issue, Renewal, StoreErrorKind, Written,
     clock::{Millis, after, end_of, left, until},
 };
 use crate::{
-    decision::{Asked, Decision, decide},
+    decision::{Asked, Decision, Seen, decide},
     key::{Key, OperationId, ScopeDigest, Token},
     record::{FORMAT, Fingerprint, Flags, Record, State},
 };
@@ -40,7 +40,7 @@ pub(super) struct Row {
     pub(super) payload: Bytes,
 }
 
-/// What the attempt to end a claim did to the row.
+/// What a call under a token did to its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
     /// It changed it.
@@ -51,6 +51,76 @@ pub(super) enum Ended {
     Removed,
     /// Nothing: the key is not claimed under this token.
     Fenced,
+}
+
+/// A call that may make a row.
+pub(super) trait Opening: Sync {
+    type Answer: Send;
+
+    fn key(&self) -> &Key;
+
+    /// The newest format that the caller reads.
+    fn format(&self) -> u16;
+
+    /// Where there is no row: the row to make, if any.
+    fn on_nothing(&self, now: Millis) -> (Option<Row>, Self::Answer);
+
+    /// Where there is one: whether it was changed.
+    fn on_row(&self, row: &mut Row, now: Millis) -> (bool, Self::Answer);
+}
+
+impl Opening for Claim {
+    type Answer = Claimed;
+
+    fn key(&self) -> &Key {
+        &self.key
+    }
+
+    fn format(&self) -> u16 {
+        self.format
+    }
+
+    fn on_nothing(&self, now: Millis) -> (Option<Row>, Claimed) {
+        if decide(Seen::Nothing, self.asked(false)) != Decision::Run {
+            return (None, Claimed::Unknown);
+        }
+        let row = Row::fresh(self, now);
+        let granted = Claimed::Granted(row.record(now));
+        (Some(row), granted)
+    }
+
+    fn on_row(&self, row: &mut Row, now: Millis) -> (bool, Claimed) {
+        let claimed = row.claim(self, now);
+        (matches!(claimed, Claimed::Granted(_)), claimed)
+    }
+}
+
+impl Opening for Issue {
+    type Answer = Written;
+
+    fn key(&self) -> &Key {
+        &self.key
+    }
+
+    fn format(&self) -> u16 {
+        self.format
+    }
+
+    fn on_nothing(&self, now: Millis) -> (Option<Row>, Written) {
+        (Some(Row::issued(self, now)), Written::Done)
+    }
+
+    fn on_row(&self, row: &mut Row, now: Millis) -> (bool, Written) {
+        let already = row.state == State::Issued && row.token == self.token;
+        (false, if already { Written::Done } else { Written::Fenced(row.record(now)) })
+    }
+}
+
+impl Claim {
+    /// What it asks of the decision, on a record whose fingerprint is its own or another one.
+    const fn asked(&self, same: bool) -> Asked {
+        Asked { same, issued_only: self.issued_only, on_unknown: self.on_unknown }
+    }
 }
 
 /// What a reader of a format finds: nothing once the row is over, whether or not it was swept.
@@ -93,19 +163,36 @@ impl Row {
         }
     }
 
+    /// The row of a key that is handed out.
+    fn issued(issue: &Issue, now: Millis) -> Self {
+        let valid_until = end_of(now, issue.valid_for);
+        Self {
+            key: issue.key,
+            scope: issue.scope,
+            operation: Arc::clone(&issue.operation),
+            operation_id: issue.operation_id,
+            state: State::Issued,
+            fingerprint: Fingerprint::NONE,
+            token: issue.token,
+            attempt: 0,
+            lease_end: now,
+            valid_until,
+            kept_until: end_of(now, issue.kept_for).max(valid_until),
+            created: now,
+            format: issue.format,
+            flags: Flags::ISSUED,
+            payload: issue.payload.clone(),
+        }
+    }
+
     /// Grants a claim on this row, or leaves the row as it is.
-    pub(super) fn claim(&mut self, claim: &Claim, now: Millis) -> Claimed {
+    fn claim(&mut self, claim: &Claim, now: Millis) -> Claimed {
         if self.is_held_by(claim.token) {
             self.hold(claim, now);
             return Claimed::Granted(self.record(now));
         }
         let record = self.record(now);
-        let asked = Asked {
-            same: self.fingerprint == claim.fingerprint,
-            // Whether a key without a record may be used is the engine's to say; this one has one.
-            issued_only: false,
-            on_unknown: claim.on_unknown,
-        };
+        let asked = claim.asked(self.fingerprint == claim.fingerprint);
         if decide(record.seen(), asked) != Decision::Run {
             return Claimed::Found(record);
         }
@@ -120,7 +207,7 @@ impl Row {
         self.token = claim.token;
         self.attempt = self.attempt.saturating_add(1);
         self.lease_end = now;
-        self.format = claim.format;
+        // The format stays the payload's.
         self.hold(claim, now);
         Claimed::Granted(self.record(now))
     }
@@ -151,6 +238,16 @@ impl Row {
         if !self.flags.contains(Flags::ISSUED) {
             self.valid_until = self.valid_until.max(self.lease_end);
         }
+    }
+
+    /// Replaces what the next attempt finds.
+    pub(super) fn checkpoint(&mut self, checkpoint: &Checkpoint) -> Ended {
+        if !self.is_held_by(checkpoint.token) {
+            return Ended::Fenced;
+        }
+        self.format = checkpoint.format;
+        self.payload = checkpoint.payload.clone();
+        Ended::Changed
     }
 
     /// Records the answer.
@@ -255,6 +352,7 @@ mod tests {
             token: Token::random(),
             lease: Duration::from_secs(30),
             ttl: Ttl::For(Duration::from_secs(3600)),
+            issued_only: false,
             on_unknown: OnUnknown::Rerun,
             format: FORMAT,
         }
@@ -273,15 +371,18 @@ mod tests {
 
     /// A key that was issued at 0, may be used for 60 seconds and is remembered for 600.
     fn issued() -> Row {
-        Row {
-            state: State::Issued,
-            flags: Flags::ISSUED,
-            attempt: 0,
-            lease_end: 0,
-            valid_until: 60 * SECOND,
-            kept_until: 600 * SECOND,
-            ..Row::fresh(&claim(), 0)
-        }
+        let issue = Issue {
+            key: Key::from_bytes([1; 32]),
+            scope: ScopeDigest::from_bytes([2; 32]),
+            operation: Arc::from("POST /flows"),
+            operation_id: OperationId::random(),
+            token: Token::random(),
+            valid_for: Ttl::For(Duration::from_secs(60)),
+            kept_for: Ttl::For(Duration::from_secs(600)),
+            payload: Bytes::from_static(b"bound"),
+            format: FORMAT,
+        };
+        Row::issued(&issue, 0)
     }
 
     #[test]
@@ -298,6 +399,7 @@ mod tests {
         assert_eq!(row.operation, user.operation);
         assert_eq!(row.fingerprint, user.fingerprint);
         assert_eq!(row.created, 0);
+        assert_eq!(row.payload, &b"bound"[..]);
     }
 
     #[test]
@@ -323,14 +425,11 @@ mod tests {
     #[test]
     fn an_issued_key_past_its_validity_is_refused_and_still_known() {
         let mut row = issued();
+        let before = row.clone();
         assert!(matches!(row.claim(&claim(), 60 * SECOND), Claimed::Found(_)));
-        assert_eq!(row, issued_like(&row), "a refusal changes nothing");
+        assert_eq!(row, before, "a refusal changes nothing");
         assert!(found(Some(&row), FORMAT, 599 * SECOND).unwrap().is_some());
         assert!(found(Some(&row), FORMAT, 600 * SECOND).unwrap().is_none());
-    }
-
-    fn issued_like(row: &Row) -> Row {
-        Row { operation_id: row.operation_id, token: row.token, ..issued() }
     }
 
     #[test]

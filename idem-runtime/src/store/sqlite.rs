@@ -28,8 +28,8 @@ use sqlx::{
 
 use self::queue::{Op, Queue, Reply};
 use super::{
-    Claim, Claimed, Clock, Completion, Renewal, Store, StoreError, StoreErrorKind, Written,
-    row::found,
+    Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, Store, StoreError,
+    StoreErrorKind, Written, row::found,
 };
 use crate::{
     key::{Key, Token},
@@ -311,6 +311,17 @@ fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
 impl Store for SqliteStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
         Box::pin(self.write(|reply| Op::Claim(Box::new(claim.clone()), reply)))
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(self.write(|reply| Op::Issue(Box::new(issue.clone()), reply)))
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(self.write(|reply| Op::Checkpoint(Box::new(checkpoint.clone()), reply)))
     }
 
     fn complete<'a>(

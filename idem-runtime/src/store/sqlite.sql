@@ -21,7 +21,7 @@ CREATE TABLE IF NOT EXISTS idem_records (
     state        INTEGER NOT NULL,             -- 0 issued, 1 running, 2 released, 3 completed
     scheme       TEXT    NOT NULL,             -- how the fingerprint was computed
     fingerprint  BLOB    NOT NULL,             -- 32 bytes
-    token        BLOB    NOT NULL,             -- 16 bytes: who claimed it last
+    token        BLOB    NOT NULL,             -- 16 bytes: who claimed or issued it last
     attempt      INTEGER NOT NULL,
     lease_end    INTEGER NOT NULL,
     valid_until  INTEGER NOT NULL,
@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS idem_records (
     created      INTEGER NOT NULL,
     format       INTEGER NOT NULL,
     flags        INTEGER NOT NULL,             -- bits: 1 tombstone, 2 issued
-    payload      BLOB    NOT NULL              -- the recorded response
+    payload      BLOB    NOT NULL              -- the recorded response; until then, what the next attempt finds
 ) STRICT;
 
 -- What the sweeper goes by.

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     decision::{Asked, Decision, OnUnknown, decide},
-    key::{Key, OperationId},
+    key::{Key, OperationId, Token},
     record::{Fingerprint, Record, State, Ttl},
     store::{Claim, Claimed, Store},
 };
@@ -47,28 +47,35 @@ pub async fn first_claim_wins(fixture: &dyn StoreFixture) {
 pub async fn one_of_many_racing_claims_wins(fixture: &dyn StoreFixture) {
     const ROUNDS: u32 = 8;
     for round in 0..ROUNDS {
-        let key = any_claim().key;
-        let first = race(fixture, key, 1, "on a fresh key").await;
+        let claim = any_claim();
+        let first = race(fixture, &claim, 1, "on a fresh key").await;
         fixture.advance(LEASE).await;
-        let second = race(fixture, key, 2, "after the lease's end").await;
+        let second = race(fixture, &claim, 2, "after the lease's end").await;
         assert_eq!(first.operation_id, second.operation_id, "round {round}");
-        let released = fixture.store().release(&key, &second.token).await;
+        let released = fixture.store().release(&claim.key, &second.token).await;
         assert_done(&released, "the winner holds the claim");
-        let third = race(fixture, key, 3, "after a release").await;
+        let third = race(fixture, &claim, 3, "after a release").await;
         assert_eq!(first.operation_id, third.operation_id, "round {round}");
     }
 }
 
-/// Has many claimants claim one key at once, through both handles, and returns the winner's record.
-async fn race(fixture: &dyn StoreFixture, key: Key, attempt: u32, when: &str) -> Record {
+/// Has many claimants make one claim at once, each under a token and an operation id of its own,
+/// through both handles, and returns the winner's record.
+pub(super) async fn race(
+    fixture: &dyn StoreFixture,
+    claim: &Claim,
+    attempt: u32,
+    when: &str,
+) -> Record {
     const CLAIMANTS: usize = 64;
     let start = Arc::new(Barrier::new(CLAIMANTS));
     let mut claimants = JoinSet::new();
     for claimant in 0..CLAIMANTS {
         let store = if claimant % 2 == 0 { fixture.store() } else { fixture.second() };
         let start = Arc::clone(&start);
+        let (token, operation_id) = (Token::random(), OperationId::random());
+        let claim = Claim { token, operation_id, ..claim.clone() };
         claimants.spawn(async move {
-            let claim = claim_on(key);
             start.wait().await;
             (claim.token, store.claim(&claim).await)
         });
@@ -81,6 +88,7 @@ async fn race(fixture: &dyn StoreFixture, key: Key, attempt: u32, when: &str) ->
                 winners.push(record);
             }
             Ok(Claimed::Found(record)) => losers.push(record),
+            Ok(Claimed::Unknown) => panic!("a claim in the race {when} found no record"),
             Err(error) => panic!("a claim in the race {when} failed: {error:?}"),
         }
     }

@@ -6,12 +6,12 @@ use bytes::Bytes;
 
 use super::{
     Ask, LEASE, SLACK, StoreFixture, TTL, any_claim, assert_done, assert_fenced, assert_gone,
-    assert_newer, assert_same, assert_ttl, claim_on, completion_of,
+    assert_newer, assert_same, assert_ttl, checkpoint_of, claim_on, completion_of, issue_on,
 };
 use crate::{
     key::{OperationId, ScopeDigest},
     record::{FORMAT, Fingerprint, Flags, State, Ttl},
-    store::{Claim, Completion, Renewal},
+    store::{Checkpoint, Claim, Completion, Renewal},
 };
 
 /// Law 8: payload, flags, fingerprint, scope, operation, operation id and attempt come back as they
@@ -196,6 +196,9 @@ pub async fn a_newer_record_is_refused_and_kept(fixture: &dyn StoreFixture) {
         let reason = format!("the record's format is newer, {passed:?} later too");
         assert_newer(&second.claim(&claim_on(newer.key)).await, &reason);
         assert_newer(&second.read(&newer.key).await, &reason);
+        assert_newer(&second.issue(&issue_on(newer.key)).await, &reason);
+        let stale = Checkpoint { format: FORMAT, ..checkpoint_of(&newer, b"old") };
+        assert_newer(&second.checkpoint(&stale).await, &reason);
         let stale = Completion { format: FORMAT, ..completion_of(&newer, b"old") };
         assert_newer(&second.complete(&stale).await, &reason);
         assert_newer(&second.release(&newer.key, &newer.token).await, &reason);
@@ -210,4 +213,10 @@ pub async fn a_newer_record_is_refused_and_kept(fixture: &dyn StoreFixture) {
             assert_same(&record, &found, passed, "the older callers changed nothing");
         }
     }
+
+    let claim = any_claim();
+    store.granted(&claim, "nobody has used the key").await;
+    let newer = Checkpoint { format: FORMAT + 1, ..checkpoint_of(&claim, b"newer") };
+    assert_done(&store.checkpoint(&newer).await, "it holds the claim");
+    assert_newer(&second.read(&claim.key).await, "the checkpoint's format is newer");
 }

@@ -29,6 +29,14 @@ enum Fault {
     ForEverIsAYear,
     SweepsWithoutLimit,
     ReadsWhatIsNewer,
+    MakesUnknownKeys,
+    LosesWhatWasIssued,
+    IssuesTwice,
+    UsingExtendsTheValidity,
+    KeepsForTheValidityOnly,
+    TakeoverLosesTheCheckpoint,
+    CheckpointRenewsTheLease,
+    IgnoresTheTokenOnCheckpoint,
 }
 
 /// A memory store with a fault.
@@ -91,6 +99,25 @@ impl Broken {
                 claim.ttl = Ttl::For(Duration::from_secs(365 * 24 * 3600));
             }
             Fault::ReadsWhatIsNewer => claim.format = FORMAT,
+            Fault::MakesUnknownKeys => claim.issued_only = false,
+            Fault::LosesWhatWasIssued | Fault::TakeoverLosesTheCheckpoint => {
+                let lost = if self.fault == Fault::LosesWhatWasIssued { 1 } else { 2 };
+                return Ok(match self.inner.claim(&claim).await? {
+                    Claimed::Granted(record) if record.attempt >= lost => {
+                        Claimed::Granted(Record { payload: Bytes::new(), ..record })
+                    }
+                    answer => answer,
+                });
+            }
+            Fault::UsingExtendsTheValidity => {
+                return Ok(match self.inner.claim(&claim).await? {
+                    Claimed::Granted(record) => Claimed::Granted(Record {
+                        valid_left: record.valid_left.max(claim.ttl),
+                        ..record
+                    }),
+                    answer => answer,
+                });
+            }
             _ => {}
         }
         self.inner.claim(&claim).await
@@ -100,6 +127,39 @@ impl Broken {
 impl Store for Broken {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
         Box::pin(self.broken_claim(claim))
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move {
+            let mut issue = issue.clone();
+            if self.fault == Fault::KeepsForTheValidityOnly {
+                issue.kept_for = issue.valid_for;
+            }
+            match self.inner.issue(&issue).await? {
+                Written::Fenced(_) if self.fault == Fault::IssuesTwice => Ok(Written::Done),
+                answer => Ok(answer),
+            }
+        })
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move {
+            let mut checkpoint = checkpoint.clone();
+            let Checkpoint { key, token, .. } = checkpoint;
+            match self.fault {
+                Fault::IgnoresTheTokenOnCheckpoint => {
+                    checkpoint.token = self.token_of(&key, token).await;
+                }
+                Fault::CheckpointRenewsTheLease => {
+                    self.inner.renew(&[Renewal { key, token, lease: LEASE }]).await?;
+                }
+                _ => {}
+            }
+            self.inner.checkpoint(&checkpoint).await
+        })
     }
 
     fn complete<'a>(
@@ -265,6 +325,16 @@ each_fault_breaks_its_law! {
     ForEverIsAYear breaks for_ever_has_no_end
     SweepsWithoutLimit breaks sweeping_leaves_the_living
     ReadsWhatIsNewer breaks a_newer_record_is_refused_and_kept
+    MakesUnknownKeys breaks only_issued_keys_are_granted_to_who_asks_for_them
+    LosesWhatWasIssued breaks only_issued_keys_are_granted_to_who_asks_for_them
+    IssuesTwice breaks issuing_happens_once
+    UsingExtendsTheValidity breaks an_issued_key_keeps_its_validity
+    KeepsForTheValidityOnly breaks an_issued_key_keeps_its_validity
+    ForgetReleases breaks a_forgotten_issued_key_is_issued_again
+    ReleaseForgets breaks a_released_issued_key_stays_with_its_request
+    TakeoverLosesTheCheckpoint breaks a_checkpoint_survives_the_attempt
+    CheckpointRenewsTheLease breaks a_checkpoint_survives_the_attempt
+    IgnoresTheTokenOnCheckpoint breaks a_fenced_owner_checkpoints_nothing
 }
 
 /// The trait's documentation, the macro and the functions name the same laws.
@@ -279,7 +349,13 @@ fn every_law_is_documented_and_listed() {
     let listed: Vec<_> = list.split_whitespace().collect();
     assert_eq!(documented, listed);
 
-    let sources = [include_str!("claiming.rs"), include_str!("ending.rs"), include_str!("time.rs")];
+    let sources = [
+        include_str!("claiming.rs"),
+        include_str!("ending.rs"),
+        include_str!("time.rs"),
+        include_str!("issuing.rs"),
+        include_str!("checkpoints.rs"),
+    ];
     let mut laws = Vec::new();
     for line in sources.iter().flat_map(|source| source.lines()) {
         if let Some(law) = line.strip_prefix("pub async fn ") {

@@ -22,7 +22,22 @@ fn claim() -> Claim {
         token: Token::random(),
         lease: Duration::from_secs(30),
         ttl: Ttl::For(HOUR),
+        issued_only: false,
         on_unknown: OnUnknown::Rerun,
+        format: FORMAT,
+    }
+}
+
+fn issue(payload: Bytes) -> Issue {
+    Issue {
+        key: Key::from_bytes(rand::random()),
+        scope: ScopeDigest::from_bytes([1; 32]),
+        operation: Arc::from("POST /flows"),
+        operation_id: OperationId::random(),
+        token: Token::random(),
+        valid_for: Ttl::For(HOUR),
+        kept_for: Ttl::For(HOUR),
+        payload,
         format: FORMAT,
     }
 }
@@ -48,7 +63,7 @@ fn due(store: &MemoryStore) -> usize {
     store.0.shards.iter().map(|shard| lock(shard).due.len()).sum()
 }
 
-fn is_full(answer: &Result<Claimed, StoreError>) -> bool {
+fn is_full<T>(answer: &Result<T, StoreError>) -> bool {
     matches!(answer, Err(error) if error.kind() == StoreErrorKind::Full)
 }
 
@@ -69,6 +84,31 @@ async fn at_its_bound_it_refuses_new_keys_and_drops_nothing_that_lives() {
     assert!(is_full(&store.claim(&claim()).await));
     clock.advance(HOUR);
     assert!(matches!(store.claim(&claim()).await, Ok(Claimed::Granted(_))), "three have expired");
+}
+
+#[tokio::test]
+async fn at_its_bound_it_issues_nothing_and_what_is_issued_can_be_used() {
+    let (store, clock) = store(|builder| builder.max_records(1).max_bytes(100_000));
+    let issued = issue(Bytes::from(vec![0; 100_000]));
+    assert_eq!(store.issue(&issued).await.unwrap(), Written::Done);
+    assert_eq!(counts(&store).0, 1);
+    assert!(counts(&store).1 > 100_000, "what is issued counts");
+    assert!(is_full(&store.issue(&issue(Bytes::new())).await));
+    assert!(is_full(&store.claim(&claim()).await));
+    let unknown = Claim { issued_only: true, ..claim() };
+    assert_eq!(store.claim(&unknown).await.unwrap(), Claimed::Unknown, "it needs no room");
+    assert_eq!(store.issue(&issued).await.unwrap(), Written::Done, "it is no new record");
+
+    let user = Claim { key: issued.key, ..claim() };
+    assert!(matches!(store.claim(&user).await, Ok(Claimed::Granted(_))));
+    let Claim { key, token, format, .. } = user;
+    let checkpoint = Checkpoint { key, token, payload: Bytes::from(vec![0; 200_000]), format };
+    assert_eq!(store.checkpoint(&checkpoint).await.unwrap(), Written::Done);
+    assert!(counts(&store).1 > 200_000, "what is checkpointed counts");
+    clock.advance(HOUR);
+    assert_eq!(store.issue(&issue(Bytes::new())).await.unwrap(), Written::Done);
+    assert_eq!(counts(&store).0, 1, "the bound had what was over dropped");
+    assert!(counts(&store).1 < 1_000);
 }
 
 #[tokio::test]
@@ -107,7 +147,7 @@ fn the_bound_is_exact_however_many_claim_at_once() {
         for _ in 0..8 {
             scope.spawn(|| {
                 for _ in 0..50 {
-                    let _ = store.0.claim(&claim());
+                    let _ = store.0.open(&claim());
                 }
             });
         }

@@ -14,9 +14,9 @@ use crate::{
     key::{Key, OperationId, ScopeDigest, Token},
     record::{FORMAT, Fingerprint, Flags, State},
     store::{
-        Claim, Claimed, Clock, Renewal, StoreError, StoreErrorKind, Written,
+        Clock, Renewal, StoreError, StoreErrorKind, Written,
         clock::Millis,
-        row::{Ended, Row, found},
+        row::{Ended, Opening, Row, found},
     },
 };
 
@@ -89,19 +89,24 @@ impl<'c> Batch<'c> {
     /// transaction is answered at once.
     pub(super) async fn apply(&mut self, op: Op) -> Result<Answer, Failure> {
         match op {
-            Op::Claim(claim, reply) => answer(reply, self.claim(&claim).await),
+            Op::Claim(claim, reply) => answer(reply, self.open(&*claim).await),
+            Op::Issue(issue, reply) => answer(reply, self.open(&*issue).await),
+            Op::Checkpoint(checkpoint, reply) => {
+                let change = |row: &mut Row| row.checkpoint(&checkpoint);
+                answer(reply, self.change(&checkpoint.key, checkpoint.format, change).await)
+            }
             Op::Complete(completion, reply) => {
                 let now = self.now;
-                let end = |row: &mut Row| row.complete(&completion, now);
-                answer(reply, self.end(&completion.key, completion.format, end).await)
+                let change = |row: &mut Row| row.complete(&completion, now);
+                answer(reply, self.change(&completion.key, completion.format, change).await)
             }
             Op::Release(key, token, reply) => {
                 let now = self.now;
-                answer(reply, self.end(&key, FORMAT, |row| row.release(token, now)).await)
+                answer(reply, self.change(&key, FORMAT, |row| row.release(token, now)).await)
             }
             Op::Forget(key, token, reply) => {
                 let now = self.now;
-                answer(reply, self.end(&key, FORMAT, |row| row.forget(token, now)).await)
+                answer(reply, self.change(&key, FORMAT, |row| row.forget(token, now)).await)
             }
             Op::Renew(renewals, reply) => answer(reply, self.renew(&renewals).await),
             Op::Sweep(limit, reply) => answer(reply, self.sweep(limit).await),
@@ -122,34 +127,32 @@ impl<'c> Batch<'c> {
         found(row, format, self.now)
     }
 
-    async fn claim(&mut self, claim: &Claim) -> Result<Claimed, Broken> {
-        let (row, claimed) = match self.found(&claim.key, claim.format)? {
+    /// Claims or issues a key.
+    async fn open<O: Opening>(&mut self, opening: &O) -> Result<O::Answer, Broken> {
+        let (row, answer) = match self.found(opening.key(), opening.format())? {
             Some(row) => {
                 let mut row = row.clone();
-                let claimed = row.claim(claim, self.now);
-                (row, claimed)
+                let (changed, answer) = opening.on_row(&mut row, self.now);
+                (changed.then_some(row), answer)
             }
-            None => {
-                let row = Row::fresh(claim, self.now);
-                let claimed = Claimed::Granted(row.record(self.now));
-                (row, claimed)
-            }
+            None => opening.on_nothing(self.now),
         };
-        if let Claimed::Granted(_) = claimed {
+        if let Some(row) = row {
             self.put(row).await?;
         }
-        Ok(claimed)
+        Ok(answer)
     }
 
-    async fn end(
+    /// Changes a row under a token, as `change` says.
+    async fn change(
         &mut self,
         key: &Key,
         format: u16,
-        end: impl FnOnce(&mut Row) -> Ended,
+        change: impl FnOnce(&mut Row) -> Ended,
     ) -> Result<Written, Broken> {
         let Some(row) = self.found(key, format)? else { return Ok(Written::Gone) };
         let mut row = row.clone();
-        match end(&mut row) {
+        match change(&mut row) {
             Ended::Changed => self.put(row).await?,
             Ended::Removed => self.remove(key).await?,
             Ended::Already => {}

@@ -18,7 +18,10 @@ use tokio::{runtime::Handle, sync::oneshot};
 use super::{Failure, NAME, Shared, batch::Batch, failure};
 use crate::{
     key::{Key, Token},
-    store::{Claim, Claimed, Clock, Completion, Renewal, StoreError, StoreErrorKind, Written},
+    store::{
+        Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, StoreError, StoreErrorKind,
+        Written,
+    },
 };
 
 /// How many calls go into one transaction. More than that gain little from sharing a flush, and
@@ -38,6 +41,8 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 /// A call that writes.
 pub(super) enum Op {
     Claim(Box<Claim>, Reply<Claimed>),
+    Issue(Box<Issue>, Reply<Written>),
+    Checkpoint(Box<Checkpoint>, Reply<Written>),
     Complete(Box<Completion>, Reply<Written>),
     Release(Key, Token, Reply<Written>),
     Forget(Key, Token, Reply<Written>),
@@ -46,14 +51,17 @@ pub(super) enum Op {
 }
 
 impl Op {
-    /// Whether nobody waits for it and leaving it out is what the caller would want. The end of a
-    /// claim is written even if its caller gave up waiting.
+    /// Whether nobody waits for it and leaving it out is what the caller would want. What has
+    /// happened under a claim is written even if its caller gave up waiting.
     fn is_abandoned(&self) -> bool {
         match self {
             Self::Claim(_, reply) => reply.is_closed(),
+            Self::Issue(_, reply) => reply.is_closed(),
             Self::Renew(_, reply) => reply.is_closed(),
             Self::Sweep(_, reply) => reply.is_closed(),
-            Self::Complete(..) | Self::Release(..) | Self::Forget(..) => false,
+            Self::Checkpoint(..) | Self::Complete(..) | Self::Release(..) | Self::Forget(..) => {
+                false
+            }
         }
     }
 
@@ -61,6 +69,8 @@ impl Op {
     pub(super) fn keys(&self, keys: &mut Vec<Key>) {
         match self {
             Self::Claim(claim, _) => keys.push(claim.key),
+            Self::Issue(issue, _) => keys.push(issue.key),
+            Self::Checkpoint(checkpoint, _) => keys.push(checkpoint.key),
             Self::Complete(completion, _) => keys.push(completion.key),
             Self::Release(key, ..) | Self::Forget(key, ..) => keys.push(*key),
             Self::Renew(renewals, _) => keys.extend(renewals.iter().map(|renewal| renewal.key)),
@@ -73,9 +83,11 @@ impl Op {
         // Whoever no longer waits needs no answer.
         match self {
             Self::Claim(_, reply) => drop(reply.send(Err(error))),
-            Self::Complete(_, reply) | Self::Release(_, _, reply) | Self::Forget(_, _, reply) => {
-                drop(reply.send(Err(error)));
-            }
+            Self::Issue(_, reply)
+            | Self::Checkpoint(_, reply)
+            | Self::Complete(_, reply)
+            | Self::Release(_, _, reply)
+            | Self::Forget(_, _, reply) => drop(reply.send(Err(error))),
             Self::Renew(_, reply) => drop(reply.send(Err(error))),
             Self::Sweep(_, reply) => drop(reply.send(Err(error))),
         }

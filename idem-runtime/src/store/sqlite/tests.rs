@@ -25,6 +25,7 @@ fn claim_on(key: Key) -> Claim {
         token: Token::random(),
         lease: Duration::from_secs(30),
         ttl: Ttl::For(HOUR),
+        issued_only: false,
         on_unknown: OnUnknown::Rerun,
         format: FORMAT,
     }
@@ -32,6 +33,25 @@ fn claim_on(key: Key) -> Claim {
 
 fn any_claim() -> Claim {
     claim_on(Key::from_bytes(rand::random()))
+}
+
+fn issue_on(key: Key) -> Issue {
+    Issue {
+        key,
+        scope: ScopeDigest::from_bytes([1; 32]),
+        operation: Arc::from("POST /flows"),
+        operation_id: OperationId::random(),
+        token: Token::random(),
+        valid_for: Ttl::For(HOUR),
+        kept_for: Ttl::For(HOUR),
+        payload: Bytes::from_static(b"bound"),
+        format: FORMAT,
+    }
+}
+
+fn checkpoint(claim: &Claim, payload: impl Into<Bytes>) -> Checkpoint {
+    let (key, token, payload) = (claim.key, claim.token, payload.into());
+    Checkpoint { key, token, payload, format: FORMAT }
 }
 
 fn completion(claim: &Claim, payload: impl Into<Bytes>) -> Completion {
@@ -113,6 +133,8 @@ async fn a_damaged_row_fails_its_own_calls_only_and_is_kept() {
     }
     for claim in &damaged {
         assert_fails(store.read(&claim.key).await, StoreErrorKind::Corrupt);
+        assert_fails(store.issue(&issue_on(claim.key)).await, StoreErrorKind::Corrupt);
+        assert_fails(store.checkpoint(&checkpoint(claim, "")).await, StoreErrorKind::Corrupt);
         assert_fails(store.complete(&completion(claim, "")).await, StoreErrorKind::Corrupt);
         assert_fails(store.release(&claim.key, &claim.token).await, StoreErrorKind::Corrupt);
         assert_fails(store.forget(&claim.key, &claim.token).await, StoreErrorKind::Corrupt);
@@ -228,17 +250,26 @@ async fn begin<F: Future>(mut future: std::pin::Pin<&mut F>) {
 #[tokio::test]
 async fn a_caller_that_goes_away_takes_nobody_along() {
     let (store, _) = in_memory().await;
-    let [gone, completed, stays] = [any_claim(), any_claim(), any_claim()];
+    let [gone, completed, marked, stays] = std::array::from_fn(|_| any_claim());
     granted(&store, &completed).await;
-    let answer = completion(&completed, "answer");
+    granted(&store, &marked).await;
+    let (answer, mark) = (completion(&completed, "answer"), checkpoint(&marked, "so far"));
+    let issue = issue_on(any_claim().key);
     {
         let claiming = pin!(store.claim(&gone));
+        let issuing = pin!(store.issue(&issue));
         let completing = pin!(store.complete(&answer));
+        let checkpointing = pin!(store.checkpoint(&mark));
         begin(claiming).await;
+        begin(issuing).await;
         begin(completing).await;
+        begin(checkpointing).await;
     }
     granted(&store, &stays).await;
     assert!(store.read(&gone.key).await.unwrap().is_none(), "nobody waited for this claim");
+    assert!(store.read(&issue.key).await.unwrap().is_none(), "nobody was handed this key");
+    let record = store.read(&marked.key).await.unwrap().unwrap();
+    assert_eq!(record.payload, mark.payload, "a checkpoint is written though its caller is gone");
     let record = store.read(&completed.key).await.unwrap().unwrap();
     assert_eq!(record.state, State::Completed, "an answer is recorded though its caller is gone");
     assert!(matches!(store.claim(&gone).await, Ok(Claimed::Granted(_))));
@@ -391,6 +422,23 @@ async fn calls_on_one_key_in_one_batch_see_each_other() {
     assert!(matches!(refused, Ok(Claimed::Found(record)) if record.state == State::Running));
     assert_eq!(completed.unwrap(), Written::Done);
     assert!(matches!(replayed, Ok(Claimed::Found(record)) if record.payload == answer.payload));
+
+    let issue = issue_on(any_claim().key);
+    let user = Claim { issued_only: true, ..claim_on(issue.key) };
+    let mark = checkpoint(&user, "so far");
+    let (unknown, issued, claimed, marked, taken) = tokio::join!(
+        biased;
+        store.claim(&user),
+        store.issue(&issue),
+        store.claim(&user),
+        store.checkpoint(&mark),
+        store.issue(&issue),
+    );
+    assert_eq!(unknown.unwrap(), Claimed::Unknown);
+    assert_eq!(issued.unwrap(), Written::Done);
+    assert!(matches!(claimed, Ok(Claimed::Granted(record)) if record.payload == issue.payload));
+    assert_eq!(marked.unwrap(), Written::Done);
+    assert!(matches!(taken, Ok(Written::Fenced(record)) if record.payload == mark.payload));
 }
 
 #[tokio::test]
