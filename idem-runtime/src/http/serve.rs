@@ -16,8 +16,8 @@ use super::body::{Bound, Buffered, buffer};
 use crate::{
     anchor::{AnchorError, AnchorRequest, KeyRules},
     detach::FinishAnyway,
-    engine::{Admission, Call, End, Ended, Run, Shared},
-    fingerprint::{Subject, under_scheme},
+    engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
+    fingerprint::{Subject, scheme_needs_body, under_scheme},
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
     operation::Operation,
@@ -100,6 +100,19 @@ enum Content {
     Buffered(Bytes),
     /// Nothing needed it.
     Untouched(Body),
+    /// Nothing needed it, and the handler's own extractor has it.
+    Taken,
+}
+
+impl Content {
+    /// What is left of it for the handler.
+    fn into_body(self) -> Body {
+        match self {
+            Self::Buffered(bytes) => Body::from(bytes),
+            Self::Untouched(body) => body,
+            Self::Taken => Body::empty(),
+        }
+    }
 }
 
 /// What a request turned out to be.
@@ -142,32 +155,36 @@ impl Exchange {
         let needs_body = policy.anchor.needs_body()
             || policy.scope.needs_body()
             || policy.fingerprint.needs_body();
-        if needs_body && let Err(kind) = exchange.buffer().await {
+        if needs_body && let Err(bound) = exchange.buffer().await {
+            let kind = match bound {
+                Bound::Size => RefusalKind::BodyTooLarge,
+                Bound::Broken | Bound::Time | Bound::Trailers => RefusalKind::BodyMalformed,
+            };
             return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
         }
         Opened::Keyed(Box::new(exchange))
     }
 
-    async fn buffer(&mut self) -> Result<(), RefusalKind> {
-        let untouched = std::mem::replace(&mut self.body, Content::Buffered(Bytes::new()));
-        let Content::Untouched(body) = untouched else {
-            self.body = untouched;
-            return Ok(());
-        };
-        // How long a client may take for its request is for the server to say.
-        let (body, kind) = match buffer(body, self.shared.limits.request_body, Duration::MAX).await
-        {
-            Buffered::Whole(bytes) => {
-                self.body = Content::Buffered(bytes);
+    /// Reads the body, unless it was read before.
+    async fn buffer(&mut self) -> Result<(), Bound> {
+        let body = match std::mem::replace(&mut self.body, Content::Taken) {
+            Content::Untouched(body) => body,
+            other => {
+                self.body = other;
                 return Ok(());
             }
-            Buffered::Beyond(body, Bound::Size) => (body, RefusalKind::BodyTooLarge),
-            Buffered::Beyond(body, Bound::Broken | Bound::Time | Bound::Trailers) => {
-                (body, RefusalKind::BodyMalformed)
-            }
         };
-        self.body = Content::Untouched(body);
-        Err(kind)
+        // How long a client may take for its request is for the server to say.
+        match buffer(body, self.shared.limits.request_body, Duration::MAX).await {
+            Buffered::Whole(bytes) => {
+                self.body = Content::Buffered(bytes);
+                Ok(())
+            }
+            Buffered::Beyond(body, bound) => {
+                self.body = Content::Untouched(body);
+                Err(bound)
+            }
+        }
     }
 
     /// Whether an extractor of the handler can be run before the claim: everything that it reads
@@ -175,9 +192,13 @@ impl Exchange {
     pub(crate) fn request_for_extractor(&mut self) -> Request {
         // The handler and the engine share one cell, whoever asks for it first.
         let operation = self.operation();
-        let body = match &mut self.body {
-            Content::Buffered(bytes) => Body::from(bytes.clone()),
-            Content::Untouched(body) => std::mem::take(body),
+        let body = match std::mem::replace(&mut self.body, Content::Taken) {
+            Content::Buffered(bytes) => {
+                self.body = Content::Buffered(bytes.clone());
+                Body::from(bytes)
+            }
+            Content::Untouched(body) => body,
+            Content::Taken => Body::empty(),
         };
         self.head.extensions.insert(operation);
         Request::from_parts(self.head.clone(), body)
@@ -190,7 +211,7 @@ impl Exchange {
     fn anchor_request(&self) -> AnchorRequest<'_> {
         let body = match &self.body {
             Content::Buffered(bytes) => bytes.as_ref(),
-            Content::Untouched(_) => b"",
+            Content::Untouched(_) | Content::Taken => b"",
         };
         AnchorRequest { head: &self.head, parameters: &self.parameters, body }
     }
@@ -228,11 +249,7 @@ impl Exchange {
     }
 
     fn into_request(self) -> Request {
-        let body = match self.body {
-            Content::Buffered(bytes) => Body::from(bytes),
-            Content::Untouched(body) => body,
-        };
-        Request::from_parts(self.head, body)
+        Request::from_parts(self.head, self.body.into_body())
     }
 
     fn tell(&self, outcome: Outcome, operation_id: Option<OperationId>) {
@@ -302,13 +319,9 @@ impl Exchange {
         }
     }
 
-    async fn claim(self: Box<Self>, call: Call, runner: Runner) -> Response {
-        let admission = {
-            let subject = self.subject();
-            let digester = &self.shared.digester;
-            let under_scheme = |scheme: &str| under_scheme(scheme, digester, &subject)?.ok();
-            self.shared.admit(&call, &under_scheme).await
-        };
+    async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Response {
+        let shared = Arc::clone(&self.shared);
+        let admission = shared.admit(&call, &mut *self).await;
         let enforced = self.policy.mode == Mode::Enforce;
         match admission {
             Admission::Run(run) => self.run(run, runner).await,
@@ -331,11 +344,7 @@ impl Exchange {
         let operation = head.extensions.get_or_insert_default::<Operation>();
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
-        let body = match body {
-            Content::Buffered(bytes) => Body::from(bytes),
-            Content::Untouched(body) => body,
-        };
-        let request = Request::from_parts(head, body);
+        let request = Request::from_parts(head, body.into_body());
         let work = carried(&shared, async move { runner(request).await }.boxed());
         let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
             Ok(Some(Ran::Answered(response))) => weigh(&shared, &policy, response).await,
@@ -374,6 +383,30 @@ impl Exchange {
             }
             None => self.render(Refusal::new(RefusalKind::RecordUnreadable).about(operation_id)),
         }
+    }
+}
+
+impl Comparable for Exchange {
+    fn under_scheme<'a>(&'a mut self, scheme: &'a str) -> BoxFuture<'a, Compared> {
+        async move {
+            if scheme_needs_body(scheme) {
+                match self.buffer().await {
+                    Ok(()) if matches!(self.body, Content::Taken) => {
+                        return Compared::Unable(RefusalKind::RecordUnreadable);
+                    }
+                    Ok(()) => {}
+                    // None that is as large was ever recorded under a scheme that covers it.
+                    Err(Bound::Size) => return Compared::Other,
+                    Err(_) => return Compared::Unable(RefusalKind::BodyMalformed),
+                }
+            }
+            match under_scheme(scheme, &self.shared.digester, &self.subject()) {
+                Some(Ok(fingerprint)) => Compared::Fingerprint(fingerprint),
+                Some(Err(_)) => Compared::Other,
+                None => Compared::Unable(RefusalKind::RecordUnreadable),
+            }
+        }
+        .boxed()
     }
 }
 
