@@ -144,6 +144,11 @@ impl Bench {
         Self { store, clock, effects: Effects::default(), told: Remember::default(), directory }
     }
 
+    /// The same store, with nothing counted and nothing told yet.
+    pub fn anew(&self) -> Self {
+        Self { effects: Effects::default(), told: Remember::default(), ..self.clone() }
+    }
+
     /// Where the database file is, if there is one.
     pub fn file(&self) -> Option<PathBuf> {
         self.directory.as_ref().map(|directory| directory.path().join("idem.db"))

@@ -9,10 +9,10 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use tokio::sync::oneshot;
 
-use super::body::{Bound, Buffered, buffer};
+use super::body::{Bound, Buffered, buffer, whole};
 use crate::{
     anchor::{AnchorError, AnchorRequest, KeyRules},
     detach::FinishAnyway,
@@ -97,7 +97,8 @@ pub(crate) struct Exchange {
 }
 
 enum Content {
-    Buffered(Bytes),
+    /// All of it, and its trailers.
+    Buffered(Bytes, Option<HeaderMap>),
     /// Nothing needed it.
     Untouched(Body),
     /// Nothing needed it, and the handler's own extractor has it.
@@ -108,7 +109,7 @@ impl Content {
     /// What is left of it for the handler.
     fn into_body(self) -> Body {
         match self {
-            Self::Buffered(bytes) => Body::from(bytes),
+            Self::Buffered(bytes, trailers) => whole(bytes, trailers),
             Self::Untouched(body) => body,
             Self::Taken => Body::empty(),
         }
@@ -158,7 +159,7 @@ impl Exchange {
         if needs_body && let Err(bound) = exchange.buffer().await {
             let kind = match bound {
                 Bound::Size => RefusalKind::BodyTooLarge,
-                Bound::Broken | Bound::Time | Bound::Trailers => RefusalKind::BodyMalformed,
+                Bound::Broken | Bound::Time => RefusalKind::BodyMalformed,
             };
             return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
         }
@@ -176,8 +177,8 @@ impl Exchange {
         };
         // How long a client may take for its request is for the server to say.
         match buffer(body, self.shared.limits.request_body, Duration::MAX).await {
-            Buffered::Whole(bytes) => {
-                self.body = Content::Buffered(bytes);
+            Buffered::Whole(bytes, trailers) => {
+                self.body = Content::Buffered(bytes, trailers);
                 Ok(())
             }
             Buffered::Beyond(body, bound) => {
@@ -192,13 +193,11 @@ impl Exchange {
     pub(crate) fn request_for_extractor(&mut self) -> Request {
         // The handler and the engine share one cell, whoever asks for it first.
         let operation = self.operation();
-        let body = match std::mem::replace(&mut self.body, Content::Taken) {
-            Content::Buffered(bytes) => {
-                self.body = Content::Buffered(bytes.clone());
-                Body::from(bytes)
+        let body = match &self.body {
+            Content::Buffered(bytes, trailers) => whole(bytes.clone(), trailers.clone()),
+            Content::Untouched(_) | Content::Taken => {
+                std::mem::replace(&mut self.body, Content::Taken).into_body()
             }
-            Content::Untouched(body) => body,
-            Content::Taken => Body::empty(),
         };
         self.head.extensions.insert(operation);
         Request::from_parts(self.head.clone(), body)
@@ -210,7 +209,7 @@ impl Exchange {
 
     fn anchor_request(&self) -> AnchorRequest<'_> {
         let body = match &self.body {
-            Content::Buffered(bytes) => bytes.as_ref(),
+            Content::Buffered(bytes, _) => bytes.as_ref(),
             Content::Untouched(_) | Content::Taken => b"",
         };
         AnchorRequest { head: &self.head, parameters: &self.parameters, body }
@@ -340,7 +339,7 @@ impl Exchange {
     }
 
     async fn run(self: Box<Self>, run: Run, runner: Runner) -> Response {
-        let Self { shared, policy, mut head, body, endpoint, .. } = *self;
+        let Self { shared, policy, mut head, body, .. } = *self;
         let operation = head.extensions.get_or_insert_default::<Operation>();
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
@@ -355,19 +354,19 @@ impl Exchange {
             }
         };
         let (ended, outcome) = run.end(end).await;
-        let exchange = |refusal: Refusal| shared.render(&policy, refusal).map(Body::from);
+        let lost = |id| {
+            let refusal = Refusal::new(RefusalKind::LeaseLost).about(id);
+            shared.render(&policy, refusal).map(Body::from)
+        };
         let (mut response, operation_id) = match ended {
             _ if policy.mode != Mode::Enforce => (response, operation_id),
             Ended::Own => (response, operation_id),
             Ended::Theirs(theirs, id) => match replayed(theirs) {
                 Some(response) => (response, id),
-                None => (exchange(Refusal::new(RefusalKind::LeaseLost).about(id)), id),
+                None => (lost(id), id),
             },
-            Ended::Lost => {
-                (exchange(Refusal::new(RefusalKind::LeaseLost).about(operation_id)), operation_id)
-            }
+            Ended::Lost => (lost(operation_id), operation_id),
         };
-        drop(endpoint);
         response.extensions_mut().insert(Handled { outcome, operation_id: Some(operation_id) });
         response
     }
@@ -452,7 +451,7 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
     let (head, body) = response.into_parts();
     let limits = &shared.limits;
     match buffer(body, limits.response_body, limits.response_time).await {
-        Buffered::Whole(bytes) => {
+        Buffered::Whole(bytes, None) => {
             warn_of_outer_headers(shared, &head.headers);
             let kept = head.headers.iter().filter(|(name, _)| !shared.left_out.contains(name));
             let headers: Vec<_> =
@@ -461,16 +460,20 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
             (Response::from_parts(head, Body::from(bytes)), End::Complete(payload))
         }
         // The fact is recorded before the first byte leaves; the rest is streamed.
-        Buffered::Beyond(body, _) => {
-            let payload = RecordedResponse::encode(status.as_u16(), &[], b"");
-            (Response::from_parts(head, body), End::Tombstone(payload))
+        Buffered::Whole(bytes, trailers) => {
+            (Response::from_parts(head, whole(bytes, trailers)), tombstone(status))
         }
+        Buffered::Beyond(body, _) => (Response::from_parts(head, body), tombstone(status)),
     }
+}
+
+fn tombstone(status: StatusCode) -> End {
+    End::Tombstone(RecordedResponse::encode(status.as_u16(), &[], b""))
 }
 
 /// What only layers set belongs outside of idem: a replay under another origin, encoding or
 /// request id would be wrong.
-fn warn_of_outer_headers(shared: &Shared, headers: &http::HeaderMap) {
+fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
     let outer = [
         header::CONTENT_ENCODING,
         header::ACCESS_CONTROL_ALLOW_ORIGIN,
