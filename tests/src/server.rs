@@ -16,7 +16,7 @@ use reqwest::{RequestBuilder, Response};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, oneshot},
+    sync::{Notify, Semaphore, oneshot},
     task::JoinHandle,
 };
 
@@ -269,23 +269,40 @@ impl Gate {
 
 /// An observer that remembers the outcomes.
 #[derive(Clone, Default)]
-pub struct Remember(Arc<Mutex<Vec<(Outcome, bool)>>>);
+pub struct Remember {
+    outcomes: Arc<Mutex<Vec<(Outcome, bool)>>>,
+    more: Arc<Notify>,
+}
 
 impl Remember {
     /// The observer to give to an engine.
     pub fn observer(&self) -> impl Fn(&Event<'_>) + Send + Sync + 'static {
-        let outcomes = Arc::clone(&self.0);
-        move |event| outcomes.lock().expect("a lock").push((event.outcome, event.enforced))
+        let Self { outcomes, more } = self.clone();
+        move |event| {
+            outcomes.lock().expect("a lock").push((event.outcome, event.enforced));
+            more.notify_waiters();
+        }
     }
 
     /// What was observed, in order.
     pub fn outcomes(&self) -> Vec<Outcome> {
-        self.0.lock().expect("a lock").iter().map(|(outcome, _)| *outcome).collect()
+        self.outcomes.lock().expect("a lock").iter().map(|(outcome, _)| *outcome).collect()
+    }
+
+    /// Waits until something was observed.
+    pub async fn hear(&self, outcome: Outcome) {
+        loop {
+            let more = self.more.notified();
+            if self.outcomes().contains(&outcome) {
+                return;
+            }
+            more.await;
+        }
     }
 
     /// What was observed and not enforced.
     pub fn unenforced(&self) -> Vec<Outcome> {
-        let outcomes = self.0.lock().expect("a lock");
+        let outcomes = self.outcomes.lock().expect("a lock");
         outcomes.iter().filter(|(_, enforced)| !enforced).map(|(outcome, _)| *outcome).collect()
     }
 }

@@ -529,8 +529,7 @@ fn endpoint(head: &Parts, parameters: &[(String, String)]) -> Endpoint {
         None => {
             let original = head.extensions.get::<OriginalUri>();
             let path = original.map_or(&head.uri, |OriginalUri(uri)| uri).path();
-            let decoded = percent_encoding::percent_decode_str(path).collect::<Vec<u8>>();
-            Endpoint::unmatched(method, &decoded)
+            Endpoint::unmatched(method, path)
         }
     }
 }
