@@ -79,8 +79,7 @@ pub(crate) fn serve(
     async move {
         match Exchange::open(shared, policy, request).await {
             Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner).await,
-            Opened::Unkeyed(Unkeyed::Plain(request)) => plain(*request, runner).await,
-            Opened::Unkeyed(Unkeyed::Refused(response)) => *response,
+            Opened::Unkeyed(unkeyed) => unkeyed.conduct(runner).await,
         }
     }
     .boxed()
@@ -128,6 +127,8 @@ pub(crate) enum Opened {
 pub(crate) enum Unkeyed {
     /// It runs as plain axum.
     Plain(Box<Request>),
+    /// It runs without protection, since its key is optional and not there.
+    Unprotected(Box<Request>),
     /// It is answered already.
     Refused(Box<Response>),
 }
@@ -226,7 +227,7 @@ impl Exchange {
     fn without_key(self, error: &AnchorError) -> Unkeyed {
         if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
             self.tell(Outcome::Unprotected, None);
-            return Unkeyed::Plain(Box::new(self.into_request()));
+            return Unkeyed::Unprotected(Box::new(self.into_request()));
         }
         self.refused(Refusal::of_key(error))
     }
@@ -267,14 +268,11 @@ impl Exchange {
         let call = match self.call(arguments) {
             Ok(call) => call,
             Err(unusable) => {
-                let opened = match unusable {
+                let unkeyed = match unusable {
                     Unusable::Key(error) => self.without_key(&error),
                     Unusable::Other(refusal) => self.refused(refusal),
                 };
-                return match opened {
-                    Unkeyed::Plain(request) => plain(*request, runner).await,
-                    Unkeyed::Refused(response) => *response,
-                };
+                return unkeyed.conduct(runner).await;
             }
         };
         let (shared, operation) = (Arc::clone(&self.shared), Arc::clone(&call.operation));
@@ -332,9 +330,8 @@ impl Exchange {
                 }
             }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
-            Admission::Refuse(_) | Admission::Unprotected => {
-                plain(self.into_request(), runner).await
-            }
+            Admission::Refuse(_) => plain(self.into_request(), runner).await,
+            Admission::Unprotected => unprotected(self.into_request(), runner).await,
         }
     }
 
@@ -413,6 +410,24 @@ impl Comparable for Exchange {
 enum Unusable {
     Key(AnchorError),
     Other(Refusal),
+}
+
+impl Unkeyed {
+    async fn conduct(self, runner: Runner) -> Response {
+        match self {
+            Self::Plain(request) => plain(*request, runner).await,
+            Self::Unprotected(request) => unprotected(*request, runner).await,
+            Self::Refused(response) => *response,
+        }
+    }
+}
+
+/// Runs a handler that is not protected though it could be, and says so.
+async fn unprotected(request: Request, runner: Runner) -> Response {
+    let mut response = plain(request, runner).await;
+    let handled = Handled { outcome: Outcome::Unprotected, operation_id: None };
+    response.extensions_mut().insert(handled);
+    response
 }
 
 /// Runs a handler as plain axum does.
