@@ -40,6 +40,7 @@ on_both_stores! {
     code_of_the_applications_makes_a_key,
     without_an_optional_key_the_handler_runs_each_time,
     an_optional_key_that_is_there_is_a_key_and_must_be_one,
+    a_part_of_an_optional_key_is_no_key_and_not_none,
 }
 
 /// Sends one body under keys that are one key: the first runs, the others are its retries.
@@ -383,4 +384,18 @@ async fn an_optional_key_that_is_there_is_a_key_and_must_be_one(bench: Bench) {
         send(server.post("/", key, "")).await.assert_refused(400, "key_malformed");
     }
     assert_eq!(bench.effects.count(), 1);
+}
+
+async fn a_part_of_an_optional_key_is_no_key_and_not_none(bench: Bench) {
+    const BOTH: Anchor =
+        Anchor::all(&[Anchor::body_field("network"), Anchor::body_field("hash")]).optional();
+    let server = bench.serve(BOTH, bench.numbered()).await;
+    for body in [r#"{"network":"a"}"#, r#"{"hash":"b","network":null}"#] {
+        send(server.post_without_key("/", body)).await.assert_refused(400, "key_missing");
+    }
+    let malformed = send(server.post_without_key("/", r#"{"hash":[]}"#)).await;
+    malformed.assert_refused(400, "key_malformed");
+    assert_eq!((bench.effects.count(), bench.store.claims().len()), (0, 0));
+    send(server.post_without_key("/", "{}")).await.assert_is(200, "effect 1", false);
+    send(server.post_without_key("/", "{}")).await.assert_is(200, "effect 2", false);
 }
