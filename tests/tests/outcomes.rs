@@ -31,6 +31,7 @@ on_both_stores! {
     after_a_client_error_a_corrected_body_runs_under_the_same_key,
     after_a_server_error_the_same_request_runs_again_as_the_same_operation,
     after_a_panic_the_same_request_runs_again_as_the_same_operation,
+    an_interim_answer_is_never_replayed,
     a_released_key_is_free_after_its_time_to_live,
     a_released_key_that_must_not_rerun_is_refused,
     what_the_last_extractor_turns_away_leaves_no_trace,
@@ -177,6 +178,25 @@ async fn after_a_server_error_the_same_request_runs_again_as_the_same_operation(
 
 async fn after_a_panic_the_same_request_runs_again_as_the_same_operation(bench: Bench) {
     reruns_as_the_same_operation(bench.clone(), "panic", 500).await;
+}
+
+async fn an_interim_answer_is_never_replayed(bench: Bench) {
+    for recording in [Recording::Success, Recording::Final, Recording::All] {
+        let bench = bench.anew();
+        let effects = bench.effects.clone();
+        let handler = async move || {
+            effects.happen();
+            StatusCode::SWITCHING_PROTOCOLS
+        };
+        let server = bench.serve(Policy::new(KEY).record(recording), handler).await;
+        let request = "POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx-api-key: a\r\n\
+            idempotency-key: k\r\ncontent-length: 0\r\n\r\n";
+        for attempt in 1..=2 {
+            server.send_raw(request.as_bytes()).await;
+            assert_eq!((bench.effects.count(), bench.told.outcomes().len()), (attempt, attempt));
+        }
+        assert_eq!(bench.told.outcomes(), [Outcome::Released; 2]);
+    }
 }
 
 async fn a_released_key_is_free_after_its_time_to_live(bench: Bench) {
