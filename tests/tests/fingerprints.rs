@@ -1,10 +1,16 @@
 //! Fingerprints: what makes two requests the same, also across a deploy that changes it.
 
-use axum::{Router, http::StatusCode, routing::post};
-use idem_runtime::{Anchor, FingerprintScheme, IdempotentExt, Policy};
+use axum::{
+    Router,
+    body::Body,
+    extract::{FromRef, Path, State},
+    http::StatusCode,
+    routing::post,
+};
+use idem_runtime::{Anchor, FingerprintScheme, Idempotency, IdempotentExt, Policy, idempotent};
 use tests::{
     on_both_stores,
-    server::{Answer, Gate, Server, send},
+    server::{Answer, Effects, Gate, Server, send},
     stores::Bench,
 };
 
@@ -23,6 +29,7 @@ on_both_stores! {
     after_a_deploy_that_changes_the_scheme_a_running_request_is_in_flight,
     after_a_deploy_a_body_that_the_old_scheme_would_refuse_is_a_mismatch,
     after_a_deploy_that_ignores_the_body_a_body_beyond_the_limit_is_no_retry,
+    after_a_deploy_a_body_that_the_handler_has_taken_is_no_mismatch,
     a_record_under_a_scheme_of_another_release_is_neither_replayed_nor_run_over,
 }
 
@@ -151,7 +158,7 @@ async fn deploys<H, T>(
     handler: H,
 ) -> Vec<(FingerprintScheme, Server, Server, String)>
 where
-    H: axum::handler::Handler<T, idem_runtime::Idempotency>,
+    H: axum::handler::Handler<T, Idempotency>,
     T: 'static,
 {
     let mut deploys = Vec::new();
@@ -249,6 +256,35 @@ async fn after_a_deploy_that_ignores_the_body_a_body_beyond_the_limit_is_no_retr
     send(after.post("/", "k", SENT)).await.assert_is(200, "effect 1", true);
     send(after.post("/", "new", &larger)).await.assert_is(200, "effect 2", false);
     assert_eq!(bench.effects.count(), 2);
+}
+
+#[idempotent(anchor = arg(order))]
+async fn upload(State(effects): State<Effects>, Path(order): Path<u32>, _body: Body) -> String {
+    format!("{order} {}", effects.happen())
+}
+
+#[idempotent(anchor = arg(order), fingerprint = none)]
+async fn stream(State(effects): State<Effects>, Path(order): Path<u32>, _body: Body) -> String {
+    format!("{order} {}", effects.happen())
+}
+
+async fn after_a_deploy_a_body_that_the_handler_has_taken_is_no_mismatch(bench: Bench) {
+    let state = App { engine: bench.engine().build(), effects: bench.effects.clone() };
+    let before = Router::new().route("/{order}", post(upload)).with_state(state.clone());
+    let after = Router::new().route("/{order}", post(stream)).with_state(state);
+    let (before, after) = (Server::start(before).await, Server::start(after).await);
+    send(before.post_without_key("/7", SENT)).await.assert_is(200, "7 1", false);
+    send(before.post_without_key("/7", SENT)).await.assert_is(200, "7 1", true);
+    send(after.post_without_key("/7", SENT)).await.assert_refused(503, "record_unreadable");
+    send(after.post_without_key("/8", SENT)).await.assert_is(200, "8 2", false);
+    send(before.post_without_key("/8", SENT)).await.assert_is(200, "8 2", true);
+    assert_eq!(bench.effects.count(), 2);
+}
+
+#[derive(Clone, FromRef)]
+struct App {
+    engine: Idempotency,
+    effects: Effects,
 }
 
 async fn a_record_under_a_scheme_of_another_release_is_neither_replayed_nor_run_over(bench: Bench) {
