@@ -32,6 +32,7 @@ const KEY: Anchor = Anchor::header("Idempotency-Key");
 on_both_stores! {
     an_engine_that_observes_runs_everything_and_tells_what_it_would_have_done,
     an_engine_that_observes_lets_every_body_through,
+    an_engine_that_observes_leaves_panics_to_the_server,
     what_was_observed_protects_once_it_is_enforced,
     an_engine_that_is_off_asks_nothing,
     a_handlers_mode_wins_over_the_engines,
@@ -89,6 +90,20 @@ async fn an_engine_that_observes_lets_every_body_through(bench: Bench) {
         Outcome::Refused(RefusalKind::Mismatch),
     ];
     assert_eq!(bench.told.unenforced(), unenforced);
+}
+
+async fn an_engine_that_observes_leaves_panics_to_the_server(bench: Bench) {
+    let effects = bench.effects.clone();
+    let handler = async move || match effects.happen() {
+        1 => panic!("as told"),
+        number => number.to_string(),
+    };
+    let engine = bench.engine().mode(Mode::Observe);
+    let server = bench.serve_with(engine, KEY, handler).await;
+    assert!(server.post("/", "k", "").send().await.is_err());
+    assert_eq!(bench.told.outcomes(), [Outcome::Released]);
+    send(server.post("/", "k", "")).await.assert_is(200, "2", false);
+    assert_eq!(bench.store.last_record().await.unwrap().attempt, 2);
 }
 
 async fn what_was_observed_protects_once_it_is_enforced(bench: Bench) {

@@ -40,6 +40,8 @@ on_both_stores! {
     a_duplicate_of_a_running_request_is_told_to_wait,
     a_mismatch_wins_over_in_flight,
     a_duplicate_after_the_lease_is_over_takes_over_and_the_first_owner_keeps_silent,
+    an_owner_that_was_taken_over_answers_with_what_the_other_recorded,
+    the_version_of_http_does_not_count,
 }
 
 /// The state of a server whose handlers are annotated.
@@ -94,7 +96,7 @@ fn request(key: &str) -> Vec<u8> {
 }
 
 async fn ask(server: &Server) -> RawAnswer {
-    server.send_raw(&request("k")).await.expect("an answer")
+    server.send_raw(&request("k")).await.unwrap()
 }
 
 async fn a_retry_gets_every_byte_and_every_header_in_order(bench: Bench) {
@@ -123,13 +125,16 @@ fn personal(effects: &Effects) -> impl IntoResponse + use<> {
         (header::PROXY_AUTHENTICATE, "Basic"),
         (HeaderName::from_static("keep-alive"), "timeout=5"),
         (HeaderName::from_static("server-timing"), "db;dur=53"),
+        (header::CONNECTION, "X-Hop , x-none"),
+        (HeaderName::from_static("x-hop"), "1"),
         (HeaderName::from_static("x-request"), "1"),
         (HeaderName::from_static("x-kept"), "yes"),
     ];
     (AppendHeaders(headers), "done")
 }
 
-const PERSONAL: [&str; 6] = [
+const PERSONAL: [&str; 7] = [
+    "x-hop",
     "set-cookie",
     "www-authenticate",
     "proxy-authenticate",
@@ -316,6 +321,47 @@ async fn a_duplicate_after_the_lease_is_over_takes_over_and_the_first_owner_keep
     send(server.post("/", "k", "100")).await.assert_is(200, "effect 2", true);
     assert_eq!(bench.store.last_record().await.unwrap().attempt, 2);
     assert_eq!(bench.effects.count(), 2);
+}
+
+async fn an_owner_that_was_taken_over_answers_with_what_the_other_recorded(bench: Bench) {
+    let (first_gate, gate, effects) = (Gate::default(), Gate::default(), bench.effects.clone());
+    let handler = {
+        let (first_gate, gate) = (first_gate.clone(), gate.clone());
+        async move || {
+            let number = effects.happen();
+            if number == 1 {
+                first_gate.pass().await
+            } else {
+                gate.pass().await
+            }
+            format!("effect {number}")
+        }
+    };
+    let server = bench.serve(KEY, handler).await;
+    let first = tokio::spawn(send(server.post("/", "k", "100")));
+    first_gate.begun().await;
+    bench.pass(Duration::from_secs(30));
+    let second = tokio::spawn(send(server.post("/", "k", "100")));
+    gate.begun().await;
+    gate.end();
+    second.await.unwrap().assert_is(200, "effect 2", false);
+    first_gate.end();
+    first.await.unwrap().assert_is(200, "effect 2", true);
+    send(server.post("/", "k", "100")).await.assert_is(200, "effect 2", true);
+    assert_eq!(bench.effects.count(), 2);
+}
+
+async fn the_version_of_http_does_not_count(bench: Bench) {
+    let server = serve(&bench).await;
+    let newer = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+    let newer = newer.post(format!("http://{}/payments", server.address)).body("100");
+    let newer = newer.header("x-api-key", "a").header("idempotency-key", "k");
+    send(server.post("/payments", "k", "100")).await.assert_is(201, "1 100", false);
+    let replay = newer.send().await.unwrap();
+    assert_eq!(replay.version(), reqwest::Version::HTTP_2);
+    assert_eq!(replay.headers()["idempotent-replayed"], "true");
+    assert_eq!(replay.text().await.unwrap(), "1 100");
+    assert_eq!(bench.effects.count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

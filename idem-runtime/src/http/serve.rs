@@ -345,6 +345,11 @@ impl Exchange {
         let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
             Ok(Some(Ran::Answered(response))) => weigh(&shared, &policy, response).await,
             Ok(Some(Ran::Rejected(response))) => (response, End::Forget),
+            // Where idem only observes, a panic is the server's own affair.
+            Err(panic) if policy.mode == Mode::Observe => {
+                let _ = run.end(End::Release).await;
+                std::panic::resume_unwind(panic);
+            }
             Ok(None) | Err(_) => {
                 let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(operation_id);
                 (shared.render(&policy, refusal).map(Body::from), End::Release)
@@ -468,7 +473,11 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
     match buffer(body, limits.response_body, limits.response_time).await {
         Buffered::Whole(bytes, None) => {
             warn_of_outer_headers(shared, &head.headers);
-            let kept = head.headers.iter().filter(|(name, _)| !shared.left_out.contains(name));
+            let nominated = nominated(&head.headers);
+            let kept = head.headers.iter().filter(|(name, _)| {
+                !shared.left_out.contains(name)
+                    && !nominated.iter().any(|other| name.as_str() == other)
+            });
             let headers: Vec<_> =
                 kept.map(|(k, v)| (k.as_str().as_bytes(), v.as_bytes())).collect();
             let payload = RecordedResponse::encode(status.as_u16(), &headers, &bytes);
@@ -480,6 +489,12 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
         }
         Buffered::Beyond(body, _) => (Response::from_parts(head, body), tombstone(status)),
     }
+}
+
+/// The headers that are the connection's because it says so (RFC 9110 §7.6.1).
+fn nominated(headers: &HeaderMap) -> Vec<String> {
+    let lines = headers.get_all(header::CONNECTION).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(|name| name.trim().to_ascii_lowercase()).collect()
 }
 
 fn tombstone(status: StatusCode) -> End {
