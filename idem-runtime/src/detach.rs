@@ -48,13 +48,13 @@ impl<T: Send + 'static> Future for FinishAnyway<T> {
             // and outside the request's span.
             this.started = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
         }
-        // What panics is not put back: it is over, and cannot go on elsewhere.
+        // Taken out while it is polled: work that panics is over, and cannot go on elsewhere.
         let Some(mut work) = this.work.take() else { return Poll::Pending };
-        let polled = work.poll_unpin(cx);
-        if polled.is_pending() {
+        let answer = work.poll_unpin(cx);
+        if answer.is_pending() {
             this.work = Some(work);
         }
-        polled
+        answer
     }
 }
 
