@@ -250,12 +250,7 @@ impl Anchor {
         into: &mut Values,
     ) -> Result<(), AnchorError> {
         let rules = KeyRules { format: self.format.or(rules.format), ..rules };
-        match self.source {
-            Source::All(anchors) => anchors
-                .iter()
-                .try_for_each(|anchor| anchor.collect(request, arguments, rules, into)),
-            source => source.collect(request, arguments, rules, Quoting::Accepted, into),
-        }
+        self.source.collect(request, arguments, rules, Quoting::Accepted, into)
     }
 }
 
@@ -457,9 +452,18 @@ impl Source {
                 return rules.check_all("the argument", &values, into);
             }
             Self::All(anchors) => {
-                return anchors
-                    .iter()
-                    .try_for_each(|anchor| anchor.collect(request, arguments, rules, into));
+                let (before, mut missing) = (into.len(), None);
+                for anchor in anchors {
+                    match anchor.collect(request, arguments, rules, into) {
+                        Err(AnchorError::Missing { what }) => missing = missing.or(Some(what)),
+                        collected => collected?,
+                    }
+                }
+                return match missing {
+                    None => Ok(()),
+                    Some(what) if into.len() == before => Err(AnchorError::Missing { what }),
+                    Some(what) => Err(AnchorError::Incomplete { what }),
+                };
             }
         };
         into.push(rules.check(what, &value)?.as_bytes());
@@ -708,6 +712,12 @@ pub enum AnchorError {
     /// It is not there.
     #[error("{what} is missing")]
     Missing {
+        /// The header, field or parameter.
+        what: Cow<'static, str>,
+    },
+    /// It is not there, and other parts of the key are: even where a key is optional, this is none.
+    #[error("{what} is missing")]
+    Incomplete {
         /// The header, field or parameter.
         what: Cow<'static, str>,
     },
