@@ -1,4 +1,5 @@
 //! What the tests share: servers on loopback, stores that fail on purpose, an observer that
 //! remembers.
 
+pub mod faults;
 pub mod server;
