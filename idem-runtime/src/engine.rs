@@ -720,6 +720,9 @@ pub(crate) enum Ended {
     Theirs(RecordedResponse, OperationId),
     /// That another attempt took over.
     Lost,
+    /// Its own response, although its record is gone: nobody else has an answer, and to send the
+    /// client away would have it repeat what was done.
+    Unrecorded,
 }
 
 impl Run {
@@ -740,7 +743,8 @@ impl Run {
             Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
             Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
             Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
-            Ok(Err(error)) => (Ended::Own, Outcome::RecordLost, Some(error)),
+            Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
+            Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
             Err(_) => {
                 shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));
                 (Ended::Own, Outcome::RecordDelayed, None)
@@ -757,7 +761,7 @@ impl Run {
             Ttl::For(ttl) => later(now, ttl),
             Ttl::Forever => later(now, FOR_EVER),
         };
-        let nothing_happened = matches!(end, End::Forget);
+        let leaves_an_answer = matches!(end, End::Complete(_) | End::Tombstone(_));
         let written = match end {
             End::Complete(payload) => {
                 let whole = self.completion(Flags::NONE, payload);
@@ -786,8 +790,8 @@ impl Run {
         }?;
         Ok(match written {
             Written::Done => Ended::Own,
-            Written::Gone if nothing_happened => Ended::Own,
-            Written::Gone => Ended::Lost,
+            Written::Gone if leaves_an_answer => Ended::Unrecorded,
+            Written::Gone => Ended::Own,
             Written::Fenced(record) => {
                 self.attempt.lose();
                 self.theirs(&record)
@@ -850,6 +854,7 @@ impl Shared {
             let (outcome, error) = match writing.await {
                 Ok(Ended::Own) => (Outcome::RecordCaughtUp, None),
                 Ok(Ended::Theirs(..) | Ended::Lost) => (Outcome::LeaseLost, None),
+                Ok(Ended::Unrecorded) => (Outcome::RecordLost, None),
                 Err(error) => (Outcome::RecordLost, Some(error)),
             };
             shared.tell(&operation, Some(&attempt), outcome, error.as_ref());

@@ -3,30 +3,22 @@
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
-use std::{
-    collections::HashMap,
-    future::poll_fn,
-    pin::pin,
-    sync::{Arc, Mutex},
-    task::Poll,
-    time::Duration,
-};
+use std::{future::poll_fn, pin::pin, task::Poll, time::Duration};
 
 use axum::{
-    Router,
     body::{Body, Bytes},
-    extract::{FromRef, FromRequest, Request, State},
+    extract::State,
     handler::Handler,
     http::StatusCode,
     response::Response,
-    routing::post,
 };
 use futures_util::stream;
-use idem_runtime::{Anchor, Idempotency, IdempotentExt, Operation, Outcome, Policy, idempotent};
+use idem_runtime::{Anchor, IdempotentExt, Operation, Outcome, Policy};
 use tests::{
     faults::{Call, Faults, Gate, Ground, HangUp, PATIENCE, eventually, http1_request},
     on_both_stores,
-    server::{Effects, Remember, Server, engine, send},
+    server::{Server, send},
+    shop::{Place, Shop, payment},
 };
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
@@ -35,10 +27,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 enum Point {
     ClaimUnsent,
     ClaimUnanswered,
-    Extractor,
-    BeforeEffect,
-    AfterEffect,
-    Body,
+    In(Place),
     RecordUnsent,
     RecordUnanswered,
 }
@@ -46,111 +35,42 @@ enum Point {
 const POINTS: [Point; 8] = [
     Point::ClaimUnsent,
     Point::ClaimUnanswered,
-    Point::Extractor,
-    Point::BeforeEffect,
-    Point::AfterEffect,
-    Point::Body,
+    Point::In(Place::Extractor),
+    Point::In(Place::BeforeEffect),
+    Point::In(Place::AfterEffect),
+    Point::In(Place::Body),
     Point::RecordUnsent,
     Point::RecordUnanswered,
 ];
 
-#[derive(Clone)]
-struct App {
-    engine: Idempotency,
-    remember: Remember,
-    effects: Effects,
-    gates: Arc<Mutex<HashMap<Point, Gate>>>,
-}
-
-impl FromRef<App> for Idempotency {
-    fn from_ref(app: &App) -> Self {
-        app.engine.clone()
+/// Holds up the next request that comes to a point.
+fn hold_at(point: Point, ending: Call, shop: &Shop, faults: &Faults) -> Gate {
+    match point {
+        Point::ClaimUnsent => faults.hold_before(Call::Claim),
+        Point::ClaimUnanswered => faults.hold_after(Call::Claim),
+        Point::In(place) => shop.hold_at(place),
+        Point::RecordUnsent => faults.hold_before(ending),
+        Point::RecordUnanswered => faults.hold_after(ending),
     }
-}
-
-impl App {
-    fn over(ground: &Ground) -> (Self, Faults) {
-        let (store, faults) = ground.faulty();
-        let remember = Remember::default();
-        let engine = engine(store).observer(remember.observer()).build();
-        let (effects, gates) = (Effects::default(), Arc::default());
-        (Self { engine, remember, effects, gates }, faults)
-    }
-
-    /// Holds up the next request that comes to a point.
-    fn hold_at(&self, point: Point, ending: Call, faults: &Faults) -> Gate {
-        match point {
-            Point::ClaimUnsent => faults.hold_before(Call::Claim),
-            Point::ClaimUnanswered => faults.hold_after(Call::Claim),
-            Point::RecordUnsent => faults.hold_before(ending),
-            Point::RecordUnanswered => faults.hold_after(ending),
-            _ => {
-                let gate = Gate::default();
-                self.gates.lock().expect("a lock").insert(point, gate.clone());
-                gate
-            }
-        }
-    }
-
-    async fn come_to(&self, point: Point) {
-        let gate = self.gates.lock().expect("a lock").remove(&point);
-        if let Some(gate) = gate {
-            gate.pass().await;
-        }
-    }
-
-    fn router(&self) -> Router {
-        Router::new().route("/pay", post(pay)).with_state(self.clone())
-    }
-
-    fn detached(&self) -> usize {
-        self.remember.outcomes().iter().filter(|outcome| **outcome == Outcome::Detached).count()
-    }
-}
-
-/// The body, read by way of a point.
-struct Slow(String);
-
-impl FromRequest<App> for Slow {
-    type Rejection = StatusCode;
-
-    async fn from_request(request: Request, app: &App) -> Result<Self, StatusCode> {
-        app.come_to(Point::Extractor).await;
-        let body = String::from_request(request, app).await;
-        body.map(Self).map_err(|_| StatusCode::BAD_REQUEST)
-    }
-}
-
-/// Answers with the status that its body asks for; below 400 and from 500 on, after an effect.
-#[idempotent(anchor = header("Idempotency-Key"))]
-async fn pay(State(app): State<App>, operation: Operation, Slow(body): Slow) -> Response {
-    app.come_to(Point::BeforeEffect).await;
-    let status: u16 = body.parse().expect("a status");
-    if !(400..500).contains(&status) {
-        app.effects.happen();
-    }
-    app.come_to(Point::AfterEffect).await;
-    let said = format!("attempt {} of {}", operation.attempt(), operation.id());
-    let streamed = stream::once(async move {
-        app.come_to(Point::Body).await;
-        Ok::<_, std::io::Error>(Bytes::from(said))
-    });
-    let mut response = Response::new(Body::from_stream(streamed));
-    *response.status_mut() = StatusCode::from_u16(status).expect("a status");
-    response
 }
 
 /// Hangs up at a point; says what the handler came to, in the background, and the server.
-async fn hang_up_at(point: Point, how: HangUp, status: &str, ending: Call, ground: &Ground) -> App {
-    let (app, faults) = App::over(ground);
-    let server = Server::start(app.router()).await;
-    let gate = app.hold_at(point, ending, &faults);
+async fn hang_up_at(
+    point: Point,
+    how: HangUp,
+    status: &str,
+    ending: Call,
+    ground: &Ground,
+) -> Shop {
+    let (shop, faults) = Shop::over(ground);
+    let server = Server::start(shop.router()).await;
+    let gate = hold_at(point, ending, &shop, &faults);
     let key = format!("{point:?}-{how:?}-{status}");
     let caller = how.post(server.address, "/pay", &key, status).await;
     gate.reached().await;
-    assert_eq!(app.engine.detached(), 0, "{key}: the client is still there");
+    assert_eq!(shop.engine.detached(), 0, "{key}: the client is still there");
     let gone = caller.hang_up();
-    eventually(&format!("{key}: it goes on"), || app.engine.detached() == 1).await;
+    eventually(&format!("{key}: it goes on"), || shop.engine.detached() == 1).await;
 
     // The claim holds while nobody waits, and whoever shuts down can.
     let recorded = matches!(point, Point::RecordUnanswered);
@@ -158,24 +78,24 @@ async fn hang_up_at(point: Point, how: HangUp, status: &str, ending: Call, groun
         let duplicate = send(server.post("/pay", &key, status)).await;
         assert_eq!((duplicate.status, duplicate.code().as_str()), (409, "in_flight"), "{key}");
     }
-    assert!(!app.engine.drain(Duration::from_millis(5)).await, "{key}: it is not done");
+    assert!(!shop.engine.drain(Duration::from_millis(5)).await, "{key}: it is not done");
 
     gate.open();
-    assert!(app.engine.drain(PATIENCE).await, "{key}: it is done in the end");
-    assert_eq!(app.engine.detached(), 0, "{key}");
-    assert_eq!(app.detached(), 1, "{key}");
+    assert!(shop.engine.drain(PATIENCE).await, "{key}: it is done in the end");
+    assert_eq!(shop.engine.detached(), 0, "{key}");
+    assert_eq!(shop.told(Outcome::Detached), 1, "{key}");
     drop(gone);
     server.stop().await;
-    app
+    shop
 }
 
 async fn a_hang_up_anywhere_leaves_the_effect_once_and_its_answer(ground: Ground) {
     for how in HangUp::ALL {
         for point in POINTS {
-            let app = hang_up_at(point, how, "201", Call::Complete, &ground).await;
-            let server = Server::start(app.router()).await;
+            let shop = hang_up_at(point, how, "201", Call::Complete, &ground).await;
+            let server = Server::start(shop.router()).await;
             let retry = send(server.post("/pay", &format!("{point:?}-{how:?}-201"), "201")).await;
-            assert_eq!((retry.status, app.effects.count()), (201, 1), "{point:?} {how:?}");
+            assert_eq!((retry.status, shop.effects.count()), (201, 1), "{point:?} {how:?}");
             assert!(retry.is_replay(), "{point:?} {how:?}");
             assert!(retry.text().starts_with("attempt 1 of"), "{}", retry.text());
         }
@@ -183,31 +103,31 @@ async fn a_hang_up_anywhere_leaves_the_effect_once_and_its_answer(ground: Ground
 }
 
 async fn a_hang_up_while_a_claim_is_given_up_leaves_the_key_to_the_next_attempt(ground: Ground) {
-    for point in [Point::AfterEffect, Point::RecordUnsent, Point::RecordUnanswered] {
+    for point in [Point::In(Place::AfterEffect), Point::RecordUnsent, Point::RecordUnanswered] {
         let how = HangUp::Http1Close;
-        let app = hang_up_at(point, how, "500", Call::Release, &ground).await;
-        let server = Server::start(app.router()).await;
+        let shop = hang_up_at(point, how, "500", Call::Release, &ground).await;
+        let server = Server::start(shop.router()).await;
         let retry = send(server.post("/pay", &format!("{point:?}-{how:?}-500"), "500")).await;
-        assert_eq!((retry.status, app.effects.count()), (500, 2), "{point:?}");
+        assert_eq!((retry.status, shop.effects.count()), (500, 2), "{point:?}");
         assert!(retry.text().starts_with("attempt 2 of"), "{point:?}: {}", retry.text());
     }
 }
 
 async fn a_hang_up_while_a_key_is_forgotten_leaves_it_as_new(ground: Ground) {
-    for point in [Point::AfterEffect, Point::RecordUnsent, Point::RecordUnanswered] {
+    for point in [Point::In(Place::AfterEffect), Point::RecordUnsent, Point::RecordUnanswered] {
         let how = HangUp::Http2Cancel;
-        let app = hang_up_at(point, how, "422", Call::Forget, &ground).await;
-        let server = Server::start(app.router()).await;
+        let shop = hang_up_at(point, how, "422", Call::Forget, &ground).await;
+        let server = Server::start(shop.router()).await;
         let key = format!("{point:?}-{how:?}-422");
         let another = send(server.post("/pay", &key, "201")).await;
-        assert_eq!((another.status, app.effects.count()), (201, 1), "{point:?}");
+        assert_eq!((another.status, shop.effects.count()), (201, 1), "{point:?}");
         assert!(another.text().starts_with("attempt 1 of"), "{point:?}: {}", another.text());
     }
 }
 
 async fn a_hang_up_before_the_body_is_there_claims_nothing(ground: Ground) {
-    let (app, faults) = App::over(&ground);
-    let server = Server::start(app.router()).await;
+    let (shop, faults) = Shop::over(&ground);
+    let server = Server::start(shop.router()).await;
     for reset in [false, true] {
         let mut stream = TcpStream::connect(server.address).await.expect("a connection");
         let begun = http1_request("/pay", "k", 300) + "201";
@@ -226,7 +146,10 @@ async fn a_hang_up_before_the_body_is_there_claims_nothing(ground: Ground) {
     });
     server.stop().await;
     // Two others, the first of `k` and its replay.
-    assert_eq!((faults.calls(Call::Claim), app.effects.count(), app.detached()), (4, 3, 0));
+    assert_eq!(
+        (faults.calls(Call::Claim), shop.effects.count(), shop.told(Outcome::Detached)),
+        (4, 3, 0)
+    );
 }
 
 on_both_stores!(also on one thread:
@@ -241,11 +164,11 @@ on_both_stores!(also on one thread:
 const POLICY: Policy = Policy::new(Anchor::header("Idempotency-Key"));
 
 /// Awaits in every place where a handler can, and answers with the status that the body asks for.
-async fn restless(State(app): State<App>, operation: Operation, body: String) -> Response {
+async fn restless(State(shop): State<Shop>, operation: Operation, body: String) -> Response {
     tokio::task::yield_now().await;
     let status: u16 = body.parse().expect("a status");
     if !(400..500).contains(&status) {
-        app.effects.happen();
+        shop.effects.happen();
     }
     tokio::task::yield_now().await;
     let said = format!("attempt {} of {}", operation.attempt(), operation.id());
@@ -259,13 +182,8 @@ async fn restless(State(app): State<App>, operation: Operation, body: String) ->
 }
 
 /// Calls the handler and drops its future after so many polls; `None` if it was not done by then.
-async fn polled(app: &App, key: &str, status: &str, polls: usize) -> Option<Response> {
-    let request = Request::post("/pay")
-        .header("x-api-key", "a")
-        .header("idempotency-key", key)
-        .body(Body::from(status.to_owned()))
-        .expect("a request");
-    let mut answer = pin!(restless.idempotent(POLICY).call(request, app.clone()));
+async fn polled(shop: &Shop, key: &str, status: &str, polls: usize) -> Option<Response> {
+    let mut answer = pin!(restless.idempotent(POLICY).call(payment(key, status), shop.clone()));
     let mut polled = 0;
     poll_fn(|cx| {
         if polled == polls {
@@ -287,22 +205,22 @@ async fn a_request_dropped_after_any_number_of_polls_is_finished_once(ground: Gr
     for (status, effects_of_each, second_attempt) in [("200", 1, 1), ("422", 0, 1), ("500", 1, 2)] {
         let (mut whole, mut polls) = (false, 0);
         while !whole {
-            let (app, _) = App::over(&ground);
+            let (shop, _) = Shop::over(&ground);
             let key = format!("{status}-{polls}");
-            whole = polled(&app, &key, status, polls).await.is_some();
-            assert!(app.engine.drain(PATIENCE).await, "{key}");
+            whole = polled(&shop, &key, status, polls).await.is_some();
+            assert!(shop.engine.drain(PATIENCE).await, "{key}");
             let began = if polls == 0 { 0 } else { 1 };
-            assert_eq!(app.effects.count(), began * effects_of_each, "{key}");
+            assert_eq!(shop.effects.count(), began * effects_of_each, "{key}");
 
-            let response = polled(&app, &key, status, usize::MAX).await.expect("an answer");
+            let response = polled(&shop, &key, status, usize::MAX).await.expect("an answer");
             assert_eq!(response.status().as_str(), status, "{key}");
             let replayed = response.headers().contains_key("idempotent-replayed");
             assert_eq!(replayed, status == "200" && began == 1, "{key}");
             let attempt = if began == 1 { second_attempt } else { 1 };
             assert!(text(response).await.starts_with(&format!("attempt {attempt} of")), "{key}");
             let attempts = began + usize::from(!replayed);
-            assert_eq!(app.effects.count(), attempts * effects_of_each, "{key}");
-            assert_eq!(app.engine.detached(), 0, "{key}");
+            assert_eq!(shop.effects.count(), attempts * effects_of_each, "{key}");
+            assert_eq!(shop.engine.detached(), 0, "{key}");
             polls += 1;
         }
         assert!(polls > 4, "it awaits in several places");
@@ -311,22 +229,22 @@ async fn a_request_dropped_after_any_number_of_polls_is_finished_once(ground: Gr
 
 async fn hundreds_of_clients_that_hang_up_at_random_leave_one_effect_a_key(ground: Ground) {
     const KEYS: usize = 40;
-    let (app, _) = App::over(&ground);
+    let (shop, _) = Shop::over(&ground);
     let mut callers = Vec::new();
     for call in 0..KEYS * 8 {
-        let app = app.clone();
+        let shop = shop.clone();
         callers.push(tokio::spawn(async move {
-            polled(&app, &format!("k{}", call % KEYS), "200", call / KEYS * 2).await
+            polled(&shop, &format!("k{}", call % KEYS), "200", call / KEYS * 2).await
         }));
     }
     for caller in callers {
         caller.await.expect("no panic");
     }
-    assert!(app.engine.drain(PATIENCE).await);
-    assert_eq!(app.effects.count(), KEYS);
+    assert!(shop.engine.drain(PATIENCE).await);
+    assert_eq!(shop.effects.count(), KEYS);
     for key in 0..KEYS {
-        let response = polled(&app, &format!("k{key}"), "200", usize::MAX).await.expect("answer");
+        let response = polled(&shop, &format!("k{key}"), "200", usize::MAX).await.expect("answer");
         assert!(response.headers().contains_key("idempotent-replayed"));
     }
-    assert_eq!(app.effects.count(), KEYS);
+    assert_eq!(shop.effects.count(), KEYS);
 }
