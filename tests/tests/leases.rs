@@ -40,6 +40,7 @@ on_both_stores!(in real time:
     a_handler_that_blocks_its_thread_keeps_its_claim_and_those_of_others,
     renewals_that_fail_are_tried_again_and_lose_no_claim,
     a_sweep_that_never_ends_keeps_no_renewal_waiting,
+    an_answer_that_waits_to_be_recorded_keeps_its_claim,
     claims_that_run_together_are_renewed_together,
 );
 
@@ -121,6 +122,18 @@ async fn a_sweep_that_never_ends_keeps_no_renewal_waiting(ground: Ground) {
     in_flight_for(SHORT * 3, &other, "k", "201").await;
     held.open();
     assert_eq!(running.await.expect("an answer").status, 201);
+}
+
+async fn an_answer_that_waits_to_be_recorded_keeps_its_claim(ground: Ground) {
+    let (owner, faults) = Shop::with(&ground, |engine| engine.lease(SHORT).record_wait(SHORT));
+    let (other, _) = Shop::over(&ground);
+    faults.always(Call::Complete, Fault::Fail(StoreErrorKind::Unreachable));
+    let answer = owner.pay("k", "201").await;
+    in_flight_for(SHORT * 4, &other, "k", "201").await;
+    faults.mend(Call::Complete);
+    assert!(owner.engine.drain(PATIENCE).await);
+    assert_eq!(other.pay("k", "201").await.text(), answer.text());
+    assert_eq!((owner.effects.count(), other.effects.count()), (1, 0));
 }
 
 async fn claims_that_run_together_are_renewed_together(ground: Ground) {
