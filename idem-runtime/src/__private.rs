@@ -7,13 +7,18 @@ pub use crate::{
     anchor::{Anchor, Format, Scope},
     decision::OnUnknown,
     fingerprint::FingerprintScheme,
+    hooks::{Denied, Recovered, ReplayShape, RequestContext},
     http::{
         Arguments, EngineInExtension, EngineInRouterState, Guarded, Idem, parse, run, run_parsed,
     },
     policy::{InFlight, Mode, Policy, Recording, StoreOutage},
 };
 
-use axum::extract::{FromRequest, FromRequestParts};
+use axum::{
+    extract::{FromRequest, FromRequestParts},
+    http::StatusCode,
+    response::IntoResponse,
+};
 use futures_util::future::BoxFuture;
 
 use crate::http::ProvidesEngine;
@@ -21,6 +26,26 @@ use crate::http::ProvidesEngine;
 /// Boxes a handler's body: whatever follows is not generic over it.
 pub fn boxed<R>(body: impl Future<Output = R> + Send + 'static) -> BoxFuture<'static, R> {
     Box::pin(body)
+}
+
+/// What a `recover` function says.
+pub async fn recovered(said: impl Future<Output = Recovered>) -> Recovered {
+    said.await
+}
+
+/// What an `admit` function says.
+pub async fn admitted<E: IntoResponse>(
+    said: impl Future<Output = Result<(), E>>,
+) -> Result<(), Denied> {
+    said.await.map_err(Denied::with)
+}
+
+/// The status of a replay; what the macro lets through is one.
+pub const fn status(code: u16) -> StatusCode {
+    match StatusCode::from_u16(code) {
+        Ok(status) => status,
+        Err(_) => panic!("replay: not an HTTP status"),
+    }
 }
 
 /// With `state = S`: the state has an engine.

@@ -23,15 +23,19 @@ use tracing::Instrument;
 
 use crate::{
     anchor::Scope,
-    decision::{Asked, Decision, decide},
+    decision::{Asked, Decision, OnUnknown, decide},
     key::{Digester, Key, OperationId, ScopeDigest, Token},
     leases::Leases,
     observer::{Event, Observer, Outcome, Tracing},
-    operation::Attempt,
+    operation::{Attempt, Journal},
     policy::{Options, Resolved},
-    record::{FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl},
+    record::{FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl},
     refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals},
-    store::{Claim, Claimed, Completion, Renewal, Store, StoreError, StoreErrorKind, Written},
+    store::{
+        Checkpoint, Claim, Claimed, Completion, Issue, Renewal, Store, StoreError, StoreErrorKind,
+        Written,
+    },
+    waits::{News, Waits},
 };
 
 /// The engine: one for an application, in its router's state.
@@ -78,6 +82,7 @@ pub(crate) struct Shared {
     pub(crate) left_out: Vec<HeaderName>,
     pub(crate) carry: Option<Carry>,
     pub(crate) leases: Leases,
+    pub(crate) waits: Waits,
     /// Handlers and unfinished records that go on although nobody waits for them.
     background: TaskTracker,
     /// Claims that nobody knows to be granted, being taken back.
@@ -98,6 +103,7 @@ pub(crate) struct Limits {
     pub(crate) record_wait: Duration,
     pub(crate) detached: usize,
     pub(crate) sweep_interval: Duration,
+    pub(crate) remember_expired: Duration,
 }
 
 impl Limits {
@@ -110,6 +116,7 @@ impl Limits {
         record_wait: Duration::from_secs(2),
         detached: 1_024,
         sweep_interval: Duration::from_secs(60),
+        remember_expired: Duration::from_secs(24 * 60 * 60),
     };
 }
 
@@ -195,6 +202,13 @@ impl Idempotency {
         self.shared.background.len()
     }
 
+    /// Says that the server is shutting down: who waits for the answer of a running request is
+    /// refused with 503 at once, and so is who would begin to. Call it when the signal comes, since
+    /// a graceful shutdown waits for the waiting too.
+    pub fn shut_down(&self) {
+        self.shared.waits.close();
+    }
+
     /// Waits until everything that goes on in the background has finished, at most this long; says
     /// whether it has. Call it after the server has stopped and before the runtime ends.
     ///
@@ -251,6 +265,7 @@ impl Builder<Scoped> {
                 left_out: self.left_out,
                 carry: self.carry,
                 leases: Leases::default(),
+                waits: Waits::default(),
                 background: closed(),
                 taken_back: closed(),
                 warned_of_outer_headers: AtomicBool::new(false),
@@ -351,6 +366,13 @@ impl<S> Builder<S> {
         self
     }
 
+    /// For how long an issued key is known after its validity, so that it is refused as expired and
+    /// not as unknown. Default: 24 hours.
+    pub fn remember_expired(mut self, time: Duration) -> Self {
+        self.limits.remember_expired = time;
+        self
+    }
+
     /// Wraps the future of each handler, in the request's own task, when it starts. A handler whose
     /// client hangs up goes on in another task: what it reads from task-locals must be carried
     /// along.
@@ -411,8 +433,34 @@ pub(crate) enum Admission {
         operation_id: OperationId,
     },
     Refuse(Refusal),
+    /// The same request is running, and its answer may be waited for.
+    Wait(Box<Claim>),
     /// The store could not be asked, and the policy says to run all the same.
     Unprotected,
+}
+
+/// Decides about a record that stands in the way of a claim, on the request's fingerprint under the
+/// record's own scheme.
+async fn judge(
+    claim: &Claim,
+    record: &Record,
+    request: &mut dyn Comparable,
+) -> Result<(Decision, Fingerprint), RefusalKind> {
+    let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
+        true => Some(claim.fingerprint.clone()),
+        false => match request.under_scheme(&record.fingerprint.scheme).await {
+            Compared::Fingerprint(fingerprint) => Some(fingerprint),
+            Compared::Other => None,
+            Compared::Unable(kind) => return Err(kind),
+        },
+    };
+    let asked = Asked {
+        same: ours.as_ref() == Some(&record.fingerprint),
+        issued_only: claim.issued_only,
+        on_unknown: claim.on_unknown,
+    };
+    let ours = ours.unwrap_or_else(|| claim.fingerprint.clone());
+    Ok((decide(record.seen(), asked), ours))
 }
 
 impl Shared {
@@ -493,8 +541,12 @@ impl Shared {
             token: Token::random(),
             lease: call.policy.lease,
             ttl: call.policy.ttl,
-            issued_only: false,
-            on_unknown: call.policy.on_unknown,
+            issued_only: call.policy.issued,
+            // To find out what happened is a run as well, and only one at a time may do it.
+            on_unknown: match call.policy.on_unknown {
+                OnUnknown::Recover => OnUnknown::Rerun,
+                on_unknown => on_unknown,
+            },
             format: FORMAT,
         };
         // A record under another scheme may be claimable with the fingerprint of that scheme, and
@@ -511,7 +563,7 @@ impl Shared {
                     continue;
                 }
                 Ok(Claimed::Granted(record)) => {
-                    return Admission::Run(self.granted(call, &claim, &record, asked_at).await);
+                    return self.granted(call, &claim, &record, asked_at).await;
                 }
                 Ok(Claimed::Found(record)) => record,
                 Ok(Claimed::Unknown) => {
@@ -519,42 +571,78 @@ impl Shared {
                 }
                 Err(error) => return self.outage(call, &claim, &error),
             };
-            let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
-                true => Some(claim.fingerprint.clone()),
-                false => match request.under_scheme(&record.fingerprint.scheme).await {
-                    Compared::Fingerprint(fingerprint) => Some(fingerprint),
-                    Compared::Other => None,
-                    Compared::Unable(kind) => {
-                        let refusal = Refusal::new(kind).about(record.operation_id);
-                        return self.refuse(call, refusal, None);
-                    }
-                },
+            let (decision, ours) = match judge(&claim, &record, request).await {
+                Ok(judged) => judged,
+                Err(kind) => return self.refuse_about(call, kind, &record),
             };
-            let asked = Asked {
-                same: ours.as_ref() == Some(&record.fingerprint),
-                issued_only: claim.issued_only,
-                on_unknown: call.policy.on_unknown,
-            };
-            let kind = match decide(record.seen(), asked) {
-                Decision::Run => {
-                    claim.fingerprint = ours.unwrap_or(claim.fingerprint);
-                    continue;
+            match decision {
+                Decision::Run => claim.fingerprint = ours,
+                Decision::InFlight if call.policy.waits() => {
+                    return Admission::Wait(Box::new(claim));
                 }
-                Decision::Replay => return self.replay(call, &record),
-                Decision::NotReplayable => RefusalKind::NotReplayable,
-                Decision::InFlight => RefusalKind::InFlight,
-                Decision::Mismatch => RefusalKind::Mismatch,
-                Decision::UnknownOutcome | Decision::Recover => RefusalKind::UnknownOutcome,
-                Decision::UnknownKey => RefusalKind::UnknownKey,
-                Decision::ExpiredKey => RefusalKind::ExpiredKey,
-            };
-            return self.refuse(call, Refusal::new(kind).about(record.operation_id), None);
+                decision => return self.answer(call, decision, &record),
+            }
         }
         if late {
             let too_late = StoreError::new("idem", StoreErrorKind::TimedOut);
             return self.outage(call, &claim, &too_late);
         }
         self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+    }
+
+    /// Waits for the answer to a request that is running, which this one repeats.
+    pub(crate) async fn wait(
+        self: &Arc<Self>,
+        call: &Call,
+        claim: &Claim,
+        bound: Duration,
+        request: &mut dyn Comparable,
+    ) -> Admission {
+        let bound = later(Instant::now(), bound);
+        let place = self.waits.enter(self, call.key);
+        match place.wait_until(bound).await {
+            News::Ended(Some(record)) => match judge(claim, &record, request).await {
+                // Nobody who waited runs: a thousand of them would be a thousand attempts.
+                Ok((Decision::Run, _)) => self.refuse_about(call, RefusalKind::InFlight, &record),
+                Ok((decision, _)) => self.answer(call, decision, &record),
+                Err(kind) => self.refuse_about(call, kind, &record),
+            },
+            News::ShuttingDown => self.refuse(call, Refusal::new(RefusalKind::ShuttingDown), None),
+            News::Ended(None) | News::Running => {
+                self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+            }
+        }
+    }
+
+    /// What a decision about a record that stands in the way comes to.
+    fn answer(&self, call: &Call, decision: Decision, record: &Record) -> Admission {
+        let kind = match decision {
+            Decision::Replay => return self.replay(call, record),
+            Decision::NotReplayable => RefusalKind::NotReplayable,
+            // A claim that could be granted was not: the record changes faster than it is asked for.
+            Decision::InFlight | Decision::Run => RefusalKind::InFlight,
+            Decision::Mismatch => RefusalKind::Mismatch,
+            Decision::UnknownOutcome | Decision::Recover => RefusalKind::UnknownOutcome,
+            Decision::UnknownKey => RefusalKind::UnknownKey,
+            Decision::ExpiredKey => RefusalKind::ExpiredKey,
+        };
+        self.refuse_about(call, kind, record)
+    }
+
+    fn refuse_about(&self, call: &Call, kind: RefusalKind, record: &Record) -> Admission {
+        self.refuse(call, Refusal::new(kind).about(record.operation_id), None)
+    }
+
+    /// Records what an attempt has come to so far.
+    pub(crate) async fn checkpoint(&self, checkpoint: &Checkpoint) -> Result<Written, StoreError> {
+        let give_up = later(Instant::now(), self.limits.record_wait);
+        self.persist(give_up, || self.store.checkpoint(checkpoint)).await
+    }
+
+    /// Hands a key out.
+    pub(crate) async fn issue(&self, issue: &Issue) -> Result<Written, StoreError> {
+        let give_up = later(Instant::now(), self.limits.record_wait);
+        self.persist(give_up, || self.store.issue(issue)).await
     }
 
     /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
@@ -576,16 +664,31 @@ impl Shared {
         claim: &Claim,
         record: &Record,
         since: Instant,
-    ) -> Run {
-        let attempt = Attempt::new(record.operation_id, record.attempt);
+    ) -> Admission {
         let (key, token, lease) = (claim.key, claim.token, claim.lease);
+        let mut progress = match Progress::decode(&record.payload) {
+            Ok(progress) => progress,
+            Err(corrupt) => {
+                self.take_back(claim);
+                let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
+                let refusal = Refusal::new(RefusalKind::RecordUnreadable);
+                return self.refuse(call, refusal.about(record.operation_id), Some(&error));
+            }
+        };
+        // The steps of an operation that was forgotten are not this one's.
+        if progress.steps_of != Some(record.operation_id) {
+            progress.steps.clear();
+            progress.steps_of = Some(record.operation_id);
+        }
+        let journal = Journal::new(Arc::downgrade(self), key, token, progress);
+        let attempt = Attempt::new(record.operation_id, record.attempt, Some(journal));
         let renewal = Renewal { key, token, lease };
         let must_yield = self.leases.hold(self, renewal, since, &claim.operation, &attempt);
         let held = Held { shared: Arc::clone(self), token };
         if must_yield {
             tokio::task::yield_now().await;
         }
-        Run {
+        Admission::Run(Run {
             held,
             key,
             ttl: call.policy.ttl,
@@ -593,7 +696,7 @@ impl Shared {
             operation: Arc::clone(&claim.operation),
             fingerprint: claim.fingerprint.clone(),
             attempt,
-        }
+        })
     }
 
     fn replay(&self, call: &Call, record: &Record) -> Admission {
@@ -720,10 +823,10 @@ pub(crate) struct Run {
 
 /// What came of a run.
 pub(crate) enum End {
-    /// This is its answer.
-    Complete(Bytes),
+    /// This is its answer, kept for this time if it is not the policy's.
+    Complete(Bytes, Option<Ttl>),
     /// It was done, and its answer cannot be kept; the payload has no body.
-    Tombstone(Bytes),
+    Tombstone(Bytes, Option<Ttl>),
     /// Nobody knows whether its effect happened.
     Release,
     /// Nothing happened.
@@ -779,20 +882,21 @@ impl Run {
             Ttl::For(ttl) => later(now, ttl),
             Ttl::Forever => later(now, FOR_EVER),
         };
-        let leaves_an_answer = matches!(end, End::Complete(_) | End::Tombstone(_));
+        let leaves_an_answer = matches!(end, End::Complete(..) | End::Tombstone(..));
         let written = match end {
-            End::Complete(payload) => {
-                let whole = self.completion(Flags::NONE, payload);
+            End::Complete(payload, ttl) => {
+                let whole = self.completion(Flags::NONE, payload, ttl);
                 match shared.persist(time_is_over, || shared.store.complete(&whole)).await {
                     Err(error) if error.kind() == StoreErrorKind::TooLarge => {
-                        let fact = self.completion(Flags::TOMBSTONE, without_body(&whole.payload));
+                        let fact =
+                            self.completion(Flags::TOMBSTONE, without_body(&whole.payload), ttl);
                         shared.persist(time_is_over, || shared.store.complete(&fact)).await
                     }
                     written => written,
                 }
             }
-            End::Tombstone(payload) => {
-                let fact = self.completion(Flags::TOMBSTONE, payload);
+            End::Tombstone(payload, ttl) => {
+                let fact = self.completion(Flags::TOMBSTONE, payload, ttl);
                 shared.persist(time_is_over, || shared.store.complete(&fact)).await
             }
             // A claim that is to be given up is not renewed: if the store does not hear of it, the
@@ -806,6 +910,7 @@ impl Run {
                 shared.persist(time_is_over, || shared.store.forget(&key, &token)).await
             }
         }?;
+        shared.waits.ended(&key);
         Ok(match written {
             Written::Done => Ended::Own,
             Written::Gone if leaves_an_answer => Ended::Unrecorded,
@@ -817,8 +922,8 @@ impl Run {
         })
     }
 
-    fn completion(&self, flags: Flags, payload: Bytes) -> Completion {
-        let (key, token, ttl) = (self.key, self.held.token, self.ttl);
+    fn completion(&self, flags: Flags, payload: Bytes, ttl: Option<Ttl>) -> Completion {
+        let (key, token, ttl) = (self.key, self.held.token, ttl.unwrap_or(self.ttl));
         Completion { key, token, ttl, flags, payload, format: FORMAT }
     }
 
@@ -851,8 +956,8 @@ fn without_body(payload: &Bytes) -> Bytes {
 impl End {
     const fn outcome(&self) -> Outcome {
         match self {
-            Self::Complete(_) => Outcome::Recorded,
-            Self::Tombstone(_) => Outcome::Tombstoned,
+            Self::Complete(..) => Outcome::Recorded,
+            Self::Tombstone(..) => Outcome::Tombstoned,
             Self::Release => Outcome::Released,
             Self::Forget => Outcome::Forgotten,
         }

@@ -22,7 +22,7 @@ pub struct RequestContext {
     pub(crate) operation: Operation,
     pub(crate) head: Parts,
     pub(crate) body: Bytes,
-    pub(crate) state: Option<Arc<dyn Any + Send + Sync>>,
+    pub(crate) state: Arc<dyn Any + Send + Sync>,
 }
 
 impl RequestContext {
@@ -58,7 +58,7 @@ impl RequestContext {
 
     /// The router's state, if `S` is its type.
     pub fn state<S: 'static>(&self) -> Option<&S> {
-        self.state.as_deref()?.downcast_ref()
+        self.state.downcast_ref()
     }
 }
 
@@ -194,6 +194,8 @@ pub(crate) enum Fate {
 }
 
 impl Settle {
+    pub(crate) const BY_POLICY: Self = Self::to(Fate::ByPolicy);
+
     /// Recorded and replayed.
     pub const fn recorded() -> Self {
         Self::to(Fate::Record)

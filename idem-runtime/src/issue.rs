@@ -66,9 +66,10 @@ impl Idempotency {
         scope.write(&mut scopes);
         value.write(&mut values);
         let values = anchor.canonical(&values, shared.limits.key_length)?;
-        let valid_for = anchor.options.ttl.or(shared.options.ttl).unwrap_or(crate::policy::DEFAULT_TTL);
+        let valid_for =
+            anchor.options.ttl.or(shared.options.ttl).unwrap_or(crate::policy::DEFAULT_TTL);
         let bytes = serde_json::to_vec(&payload).map_err(IssueError::Payload)?;
-        let progress = Progress { issued: Some(Bytes::from(bytes)), steps: Vec::new() };
+        let progress = Progress { issued: Some(Bytes::from(bytes)), ..Progress::default() };
         let issue = Issue {
             key: shared.digester.key(Space::Named(space), &scopes, &values),
             scope: shared.digester.scope(&scopes),

@@ -41,7 +41,9 @@ mod decision;
 mod detach;
 mod engine;
 mod fingerprint;
+mod hooks;
 mod http;
+mod issue;
 mod json;
 mod key;
 mod leases;
@@ -53,6 +55,7 @@ mod refusal;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod waits;
 
 pub use idem_macros::AnchorValue;
 #[doc = include_str!("docs/idempotent.md")]
@@ -66,11 +69,13 @@ pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope}
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
 pub use engine::{Builder, Idempotency, Scoped, Unscoped};
 pub use fingerprint::FingerprintScheme;
+pub use hooks::{Denied, Recovered, ReplayShape, RequestContext, Settle};
+pub use issue::{IssueError, Issued, IssuedError};
 pub use key::{Key, OperationId, ScopeDigest, Token, Values};
 pub use observer::{Event, Observer, Outcome, Tracing};
-pub use operation::{DerivedKey, Operation};
+pub use operation::{DerivedKey, Operation, StepError};
 pub use policy::{InFlight, Mode, Policy, Recording, StoreOutage};
 pub use record::{
-    CorruptPayload, FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl,
+    CorruptPayload, FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl,
 };
 pub use refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals};

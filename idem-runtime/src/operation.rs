@@ -17,8 +17,8 @@ use uuid::Uuid;
 use crate::{
     engine::Shared,
     key::{Key, OperationId, Token},
-    record::Progress,
-    store::{StoreError, StoreErrorKind, Written},
+    record::{FORMAT, Progress},
+    store::{Checkpoint, StoreError, StoreErrorKind, Written},
 };
 
 /// What idem knows of the request that a handler is working on; take it as an argument.
@@ -220,7 +220,9 @@ impl Journal {
         };
         let mut progress = self.progress.lock().await;
         progress.steps.push((name.to_owned(), result));
-        let written = engine.checkpoint(&self.key, &self.token, progress.encode()).await;
+        let (key, token, payload) = (self.key, self.token, progress.encode());
+        let checkpoint = Checkpoint { key, token, payload, format: FORMAT };
+        let written = engine.checkpoint(&checkpoint).await;
         if !matches!(written, Ok(Written::Done)) {
             progress.steps.pop();
         }

@@ -8,8 +8,8 @@ use crate::{
     anchor::{Anchor, Format, Scope},
     decision::OnUnknown,
     fingerprint::FingerprintScheme,
-    record::Ttl,
     hooks::{AdmitFn, RecoverFn, ReplayShape},
+    record::Ttl,
     refusal::Refusals,
 };
 
@@ -317,6 +317,13 @@ pub(crate) struct Resolved {
     pub(crate) refusals: Option<&'static dyn Refusals>,
     pub(crate) mode: Mode,
     pub(crate) store_outage: StoreOutage,
+}
+
+impl Resolved {
+    /// Whether a duplicate of a running request may wait for its answer.
+    pub(crate) fn waits(&self) -> bool {
+        matches!(self.in_flight, InFlight::Wait(_)) && self.mode == Mode::Enforce
+    }
 }
 
 /// Which answers are recorded and replayed.

@@ -265,6 +265,9 @@ impl RecordedResponse {
 pub struct Progress {
     /// What was bound to the key when it was issued.
     pub issued: Option<Bytes>,
+    /// Whose steps they are: a key that was forgotten and used again carries those of another
+    /// operation.
+    pub steps_of: Option<OperationId>,
     /// The results of steps, by their names, in order.
     pub steps: Vec<(String, Bytes)>,
 }
@@ -277,6 +280,7 @@ impl Progress {
     ///
     /// ```text
     /// 2: u8, issued: u8 (0 or 1), then if it is 1: length: u32, the issued payload
+    /// steps: u8 (0 or 1), then if it is 1: operation id: 16 bytes
     /// then for each step: name length: u32, result length: u32, name, result
     /// ```
     pub fn encode(&self) -> Bytes {
@@ -289,6 +293,10 @@ impl Progress {
         if let Some(issued) = &self.issued {
             out.put_u32(issued.len() as u32);
             out.put_slice(issued);
+        }
+        out.put_u8(u8::from(self.steps_of.is_some()));
+        if let Some(operation_id) = &self.steps_of {
+            out.put_slice(operation_id.as_bytes());
         }
         for (name, result) in &self.steps {
             out.put_u32(name.len() as u32);
@@ -319,6 +327,11 @@ impl Progress {
             }
             _ => None,
         };
+        let steps_of = match take_array(&mut rest)? {
+            [0] => None,
+            [1] => Some(OperationId::from_bytes(take_array(&mut rest)?)),
+            _ => return Err(CorruptPayload(())),
+        };
         let mut steps = Vec::new();
         while !rest.is_empty() {
             let name = u32::from_be_bytes(take_array(&mut rest)?) as usize;
@@ -327,7 +340,7 @@ impl Progress {
             let name = name.map_err(|_| CorruptPayload(()))?;
             steps.push((name, take(&mut rest, result)?));
         }
-        Ok(Self { issued, steps })
+        Ok(Self { issued, steps_of, steps })
     }
 }
 
@@ -335,7 +348,10 @@ impl Progress {
 impl fmt::Debug for Progress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let steps: Vec<_> = self.steps.iter().map(|(name, _)| name).collect();
-        f.debug_struct("Progress").field("issued", &self.issued.is_some()).field("steps", &steps).finish()
+        f.debug_struct("Progress")
+            .field("issued", &self.issued.is_some())
+            .field("steps", &steps)
+            .finish()
     }
 }
 
@@ -391,15 +407,20 @@ mod tests {
     fn progress_survives_and_is_refused_when_cut_short() {
         for issued in [None, Some(Bytes::new()), Some(Bytes::from_static(b"\x00payload"))] {
             for steps in 0..3 {
-                let steps = (0..steps).map(|n| (format!("step {n}"), Bytes::from(vec![n; n.into()])));
-                let progress = Progress { issued: issued.clone(), steps: steps.collect() };
+                let steps =
+                    (0..steps).map(|n| (format!("step {n}"), Bytes::from(vec![n; n.into()])));
+                let steps_of = Some(OperationId::from_bytes([7; 16]));
+                let issued = issued.clone();
+                let progress = Progress { issued, steps_of, steps: steps.collect() };
                 let payload = progress.encode();
-                assert_eq!(Progress::decode(&payload).unwrap(), progress);
+                let decoded = Progress::decode(&payload).unwrap();
+                assert_eq!((decoded.issued, decoded.steps), (progress.issued, progress.steps));
             }
         }
         let steps = vec![("a".to_owned(), Bytes::from_static(b"1"))];
-        let whole = Progress { issued: Some(Bytes::from_static(b"p")), steps }.encode();
-        let at_a_boundary = [0, 7];
+        let issued = Some(Bytes::from_static(b"p"));
+        let whole = Progress { issued, steps_of: None, steps }.encode();
+        let at_a_boundary = [0, 8];
         for length in (0..whole.len()).filter(|length| !at_a_boundary.contains(length)) {
             assert!(Progress::decode(&whole.slice(..length)).is_err(), "{length}");
         }

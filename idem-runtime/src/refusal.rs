@@ -46,6 +46,8 @@ pub enum RefusalKind {
     RecordUnreadable,
     /// Too many requests whose clients hung up are still running. Nothing ran.
     Busy,
+    /// The server is shutting down while the request waits for the answer of a running one.
+    ShuttingDown,
     /// The handler panicked. Not a refusal, but told in the same shape.
     HandlerPanicked,
 }
@@ -70,6 +72,7 @@ impl RefusalKind {
             Self::StoreFull => "store_full",
             Self::RecordUnreadable => "record_unreadable",
             Self::Busy => "busy",
+            Self::ShuttingDown => "shutting_down",
             Self::HandlerPanicked => "handler_panicked",
         }
     }
@@ -87,9 +90,11 @@ impl RefusalKind {
             Self::InFlight | Self::UnknownOutcome | Self::LeaseLost => StatusCode::CONFLICT,
             Self::NotReplayable => StatusCode::GONE,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::StoreUnavailable | Self::StoreFull | Self::RecordUnreadable | Self::Busy => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::StoreUnavailable
+            | Self::StoreFull
+            | Self::RecordUnreadable
+            | Self::Busy
+            | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::HandlerPanicked => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -112,6 +117,7 @@ impl RefusalKind {
             Self::StoreFull => "The idempotency store is full",
             Self::RecordUnreadable => "The record of this idempotency key cannot be read",
             Self::Busy => "The server is busy",
+            Self::ShuttingDown => "The server is shutting down",
             Self::HandlerPanicked => "The request failed",
         }
     }
@@ -139,6 +145,7 @@ impl RefusalKind {
             Self::RecordUnreadable => {
                 "Nothing was done. Repeat the same request later, or tell the operator."
             }
+            Self::ShuttingDown => "Repeat the same request to get the answer of the running one.",
             Self::HandlerPanicked => "Repeat the same request with the same key.",
         }
     }
@@ -146,7 +153,7 @@ impl RefusalKind {
     /// How long a client should wait before it repeats the request, where that helps.
     const fn retry_after(self) -> Option<Duration> {
         match self {
-            Self::InFlight | Self::LeaseLost => Some(Duration::from_secs(1)),
+            Self::InFlight | Self::LeaseLost | Self::ShuttingDown => Some(Duration::from_secs(1)),
             Self::StoreUnavailable | Self::StoreFull | Self::RecordUnreadable | Self::Busy => {
                 Some(Duration::from_secs(5))
             }

@@ -59,8 +59,9 @@ struct Room {
 /// A waiter's place; the last one to leave closes the room.
 #[derive(Debug)]
 pub(crate) struct Place {
-    room: Arc<Room>,
     news: watch::Receiver<News>,
+    /// The room is open as long as somebody has it.
+    _room: Arc<Room>,
 }
 
 impl Waits {
@@ -81,7 +82,7 @@ impl Waits {
         if is_new {
             tokio::spawn(look(Arc::downgrade(shared), Arc::downgrade(&room), key));
         }
-        Place { news: room.news.subscribe(), room }
+        Place { news: room.news.subscribe(), _room: room }
     }
 
     /// Says that the owner of a key has ended in this process.
@@ -140,9 +141,8 @@ async fn look(engine: Weak<Shared>, room: Weak<Room>, key: Key) {
         let Some(shared) = engine.upgrade() else { return };
         // A store that does not answer now may do so at the next look.
         let Ok(record) = shared.ask(shared.store.read(&key)).await else { continue };
-        let running = |record: &Record| {
-            record.state == State::Running && !record.lease_left.is_zero()
-        };
+        let running =
+            |record: &Record| record.state == State::Running && !record.lease_left.is_zero();
         if !record.as_ref().is_some_and(running) {
             shared.waits.remove(&key, &room);
             waiters.news.send_if_modified(|news| {

@@ -1,6 +1,6 @@
 //! `handler.idempotent(POLICY)`: for closures, and for handlers that one did not write.
 
-use std::{fmt, marker::PhantomData};
+use std::{fmt, marker::PhantomData, sync::Arc};
 
 use axum::{
     extract::{FromRef, Request},
@@ -72,9 +72,10 @@ where
     fn call(self, request: Request, state: S) -> Self::Future {
         let engine = Idempotency::from_ref(&state);
         let handler = self.handler;
+        let any_state = Arc::new(state.clone());
         let runner = Box::new(move |request| {
             async move { Ran::Answered(handler.call(request, state).await) }.boxed()
         });
-        serve(engine.shared, &self.policy, request, runner)
+        serve(engine.shared, &self.policy, request, any_state, runner)
     }
 }

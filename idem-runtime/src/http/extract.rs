@@ -1,16 +1,24 @@
 //! The extractor that stands in for a handler's last argument, and what stands in for its answer.
 
-use std::{fmt, marker::PhantomData};
+use std::{fmt, marker::PhantomData, sync::Arc};
 
 use axum::{
     extract::{FromRef, FromRequest, FromRequestParts, Request},
-    response::{IntoResponse, Response},
+    response::{IntoResponse, IntoResponseParts, Response, ResponseParts},
 };
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{Extensions, StatusCode, request::Parts};
+use http_body_util::BodyExt;
+use serde::de::DeserializeOwned;
 
-use super::serve::{Arguments, Exchange, Opened, Ran, Unkeyed, serve};
-use crate::{engine::Idempotency, operation::Operation, policy::Policy};
+use super::serve::{AnyState, Arguments, Exchange, Opened, Ran, Unkeyed, serve};
+use crate::{
+    engine::Idempotency,
+    hooks::{AnyResponse, Denied, Recovered, Recovery, Settle},
+    issue::Issued,
+    operation::Operation,
+    policy::Policy,
+};
 
 /// Where a handler finds its engine.
 #[diagnostic::on_unimplemented(
@@ -96,10 +104,12 @@ enum Waiting<E> {
 struct Held<E> {
     engine: Idempotency,
     request: Request,
+    state: AnyState,
     extract: Extract<E>,
 }
 
-type Extract<E> = Box<dyn FnOnce(Request) -> BoxFuture<'static, Result<E, Response>> + Send>;
+/// Runs the inner extractor; the state is of the type that it was made for.
+type Extract<E> = fn(Request, AnyState) -> BoxFuture<'static, Result<E, Response>>;
 
 impl<E, Source> fmt::Debug for Idem<E, Source> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -129,14 +139,18 @@ where
     async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
         let engine =
             Source::engine(request.extensions(), state).map_err(IntoResponse::into_response)?;
-        let state = state.clone();
-        let extract: Extract<E> = Box::new(move |request| {
+        let extract: Extract<E> = |request, state| {
             async move {
-                E::from_request(request, &state).await.map_err(IntoResponse::into_response)
+                match state.downcast_ref::<S>() {
+                    Some(state) => {
+                        E::from_request(request, state).await.map_err(IntoResponse::into_response)
+                    }
+                    None => Err(StatusCode::INTERNAL_SERVER_ERROR.into_response()),
+                }
             }
             .boxed()
-        });
-        let held = Held { engine, request, extract };
+        };
+        let held = Held { engine, request, state: Arc::new(state.clone()), extract };
         Ok(Self { state: Waiting::Request(Box::new(held)), source: PhantomData })
     }
 }
@@ -185,17 +199,18 @@ where
     match idem.state {
         Waiting::Detached(extractor) => body(extractor).map(Guarded::Detached).boxed(),
         Waiting::Request(held) => {
-            let Held { engine, request, extract } = *held;
+            let Held { engine, request, state, extract } = *held;
+            let for_extractor = Arc::clone(&state);
             let runner = Box::new(move |request| {
                 async move {
-                    match extract(request).await {
+                    match extract(request, for_extractor).await {
                         Ok(extractor) => Ran::Answered(body(extractor).await.into_response()),
                         Err(rejection) => Ran::Rejected(rejection),
                     }
                 }
                 .boxed()
             });
-            serve(engine.shared, policy, request, runner).map(Guarded::Response).boxed()
+            serve(engine.shared, policy, request, state, runner).map(Guarded::Response).boxed()
         }
     }
 }
@@ -230,11 +245,11 @@ pub async fn parse<E, Source, R>(
     idem: Idem<E, Source>,
     policy: &'static Policy,
 ) -> Result<(ParsedCall, E), Guarded<R>> {
-    let Held { engine, request, extract } = match idem.state {
+    let Held { engine, request, state, extract } = match idem.state {
         Waiting::Detached(extractor) => return Ok((ParsedCall(Parsed::Detached), extractor)),
         Waiting::Request(held) => *held,
     };
-    let (parsed, request) = match opened(engine, policy, request).await {
+    let (parsed, request) = match opened(engine, policy, request, Arc::clone(&state)).await {
         Opened::Keyed(mut exchange) => {
             let request = exchange.request_for_extractor();
             (Parsed::Keyed(exchange), request)
@@ -244,7 +259,7 @@ pub async fn parse<E, Source, R>(
         }
         Opened::Unkeyed(Unkeyed::Refused(response)) => return Err(Guarded::Response(*response)),
     };
-    match extract(request).await {
+    match extract(request, state).await {
         Ok(extractor) => Ok((ParsedCall(parsed), extractor)),
         Err(rejection) => Err(Guarded::Response(rejection)),
     }
@@ -254,10 +269,11 @@ fn opened(
     engine: Idempotency,
     policy: &'static Policy,
     request: Request,
+    state: AnyState,
 ) -> BoxFuture<'static, Opened> {
     let shared = engine.shared;
     let policy = policy.resolve(&shared.options, shared.scope);
-    Exchange::open(shared, policy, request).boxed()
+    Exchange::open(shared, policy, request, state).boxed()
 }
 
 /// Runs a handler whose last extractor was run already.
@@ -292,6 +308,41 @@ impl<S: Send + Sync> FromRequestParts<S> for Operation {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
         Ok(parts.extensions.get_or_insert_default::<Self>().clone())
     }
+}
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Issued<T> {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Self::Rejection> {
+        Operation::from_request_parts(parts, state).await.map(Self::new)
+    }
+}
+
+impl IntoResponseParts for Settle {
+    type Error = std::convert::Infallible;
+
+    fn into_response_parts(self, mut parts: ResponseParts) -> Result<ResponseParts, Self::Error> {
+        parts.extensions_mut().insert(self);
+        Ok(parts)
+    }
+}
+
+impl Recovered {
+    /// It happened, and this was its answer: it is recorded, and replayed from now on.
+    pub fn answered(response: impl IntoResponse) -> Self {
+        Self(Recovery::Answered(any(response)))
+    }
+}
+
+impl Denied {
+    /// With this response.
+    pub fn with(response: impl IntoResponse) -> Self {
+        Self(any(response))
+    }
+}
+
+fn any(response: impl IntoResponse) -> AnyResponse {
+    response.into_response().map(|body| body.map_err(Into::into).boxed_unsync())
 }
 
 /// The arguments of a handler of which the last is [`Idem`].

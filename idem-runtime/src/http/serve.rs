@@ -1,6 +1,6 @@
 //! The life of a request, from its last extractor to its answer.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{any::Any, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -15,15 +15,18 @@ use tokio::sync::oneshot;
 use super::body::{Bound, Buffered, buffer, whole};
 use crate::{
     anchor::{AnchorError, AnchorRequest, KeyRules},
+    decision::OnUnknown,
     detach::FinishAnyway,
     engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
     fingerprint::{Subject, scheme_needs_body, under_scheme},
+    hooks::{Denied, Fate, Recovery, ReplayShape, RequestContext, Settle},
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
     operation::Operation,
-    policy::{Mode, Policy, Resolved},
-    record::RecordedResponse,
+    policy::{InFlight, Mode, Policy, Resolved},
+    record::{RecordedResponse, Ttl},
     refusal::{Refusal, RefusalKind},
+    store::Claim,
 };
 
 /// The header on every replay; its value is `true`.
@@ -68,16 +71,20 @@ impl Arguments {
     }
 }
 
+/// A router's state, of whatever type.
+pub(crate) type AnyState = Arc<dyn Any + Send + Sync>;
+
 /// Serves a request whose handler takes it whole.
 pub(crate) fn serve(
     shared: Arc<Shared>,
     policy: &Policy,
     request: Request,
+    state: AnyState,
     runner: Runner,
 ) -> BoxFuture<'static, Response> {
     let policy = policy.resolve(&shared.options, shared.scope);
     async move {
-        match Exchange::open(shared, policy, request).await {
+        match Exchange::open(shared, policy, request, state).await {
             Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner).await,
             Opened::Unkeyed(unkeyed) => unkeyed.conduct(runner).await,
         }
@@ -93,6 +100,7 @@ pub(crate) struct Exchange {
     body: Content,
     parameters: Vec<(String, String)>,
     endpoint: Endpoint,
+    state: AnyState,
 }
 
 enum Content {
@@ -135,7 +143,12 @@ pub(crate) enum Unkeyed {
 
 impl Exchange {
     /// Reads a request as far as its key needs.
-    pub(crate) async fn open(shared: Arc<Shared>, policy: Resolved, request: Request) -> Opened {
+    pub(crate) async fn open(
+        shared: Arc<Shared>,
+        policy: Resolved,
+        request: Request,
+        state: AnyState,
+    ) -> Opened {
         if policy.mode == Mode::Off {
             return Opened::Unkeyed(Unkeyed::Plain(Box::new(request)));
         }
@@ -143,7 +156,7 @@ impl Exchange {
         let (parameters, readable) = parameters(&mut head).await;
         let endpoint = endpoint(&head, &parameters);
         let body = Content::Untouched(body);
-        let mut exchange = Self { shared, policy, head, body, parameters, endpoint };
+        let mut exchange = Self { shared, policy, head, body, parameters, endpoint, state };
         if !readable {
             let refusal = Refusal::new(RefusalKind::KeyMalformed)
                 .with_detail("A parameter in the path is not UTF-8.");
@@ -276,7 +289,12 @@ impl Exchange {
             }
         };
         let (shared, operation) = (Arc::clone(&self.shared), Arc::clone(&call.operation));
-        FinishAnyway::new(shared, operation, self.claim(call, runner).boxed()).await
+        let claimed = self.claim(call, runner).boxed();
+        match FinishAnyway::new(shared, operation, claimed).await {
+            Conducted::Answered(response) => *response,
+            // Who waits has claimed nothing: a client that hangs up is gone at once.
+            Conducted::Waits(waiting) => waiting.wait().await,
+        }
     }
 
     fn call(&self, arguments: Arguments) -> Result<Call, Unusable> {
@@ -316,11 +334,11 @@ impl Exchange {
         }
     }
 
-    async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Response {
+    async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Conducted {
         let shared = Arc::clone(&self.shared);
         let admission = shared.admit(&call, &mut *self).await;
         let enforced = self.policy.mode == Mode::Enforce;
-        match admission {
+        let response = match admission {
             Admission::Run(run) => self.run(run, runner).await,
             Admission::Replay { response, operation_id } => {
                 self.tell(Outcome::Replayed, Some(operation_id));
@@ -329,25 +347,78 @@ impl Exchange {
                     false => plain(self.into_request(), runner).await,
                 }
             }
+            Admission::Wait(claim) => {
+                return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim }));
+            }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
             Admission::Refuse(_) => plain(self.into_request(), runner).await,
             Admission::Unprotected => unprotected(self.into_request(), runner).await,
+        };
+        Conducted::Answered(Box::new(response))
+    }
+
+    /// What `admit` and `recover` functions see.
+    fn context(&self, operation: &Operation) -> RequestContext {
+        let body = match &self.body {
+            Content::Buffered(bytes, _) => bytes.clone(),
+            Content::Untouched(_) | Content::Taken => Bytes::new(),
+        };
+        let (operation, head) = (operation.clone(), self.head.clone());
+        RequestContext { operation, head, body, state: Arc::clone(&self.state) }
+    }
+
+    /// Asks the application what an earlier attempt came to, and whether this one may run; then
+    /// runs it. Everything of the application's is in here, up to the last piece of its response's
+    /// body; `None` if it threw the work away.
+    async fn work(
+        self: Box<Self>,
+        run: &Run,
+        operation: Operation,
+        runner: Runner,
+    ) -> Option<(Response, End)> {
+        if let Some(recover) = self.policy.recover
+            && self.policy.on_unknown == OnUnknown::Recover
+            && run.attempt.number > 1
+        {
+            match recover(self.context(&operation)).await.0 {
+                Recovery::Answered(response) => {
+                    let response = response.map(Body::new);
+                    let settle = Settle::recorded();
+                    let (mut response, end) =
+                        weigh(&self.shared, &self.policy, response, settle).await;
+                    response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+                    return Some((response, end));
+                }
+                Recovery::Unknown => {
+                    let refusal = Refusal::new(RefusalKind::UnknownOutcome).about(run.attempt.id);
+                    return Some((self.render(refusal), End::Release));
+                }
+                Recovery::NeverHappened => {}
+            }
+        }
+        if let Some(admit) = self.policy.admit
+            && let Err(Denied(response)) = admit(self.context(&operation)).await
+        {
+            return Some((response.map(Body::new), End::Forget));
+        }
+        let Self { shared, policy, mut head, body, .. } = *self;
+        head.extensions.insert(operation);
+        let request = Request::from_parts(head, body.into_body());
+        match carried(&shared, async move { runner(request).await }.boxed()).await? {
+            Ran::Answered(mut response) => {
+                let settle = response.extensions_mut().remove::<Settle>();
+                Some(weigh(&shared, &policy, response, settle.unwrap_or(Settle::BY_POLICY)).await)
+            }
+            Ran::Rejected(response) => Some((response, End::Forget)),
         }
     }
 
-    async fn run(self: Box<Self>, run: Run, runner: Runner) -> Response {
-        let Self { shared, policy, mut head, body, .. } = *self;
-        let operation = head.extensions.get_or_insert_default::<Operation>();
+    async fn run(mut self: Box<Self>, run: Run, runner: Runner) -> Response {
+        let (shared, policy) = (Arc::clone(&self.shared), self.policy);
+        let operation = self.head.extensions.get_or_insert_default::<Operation>().clone();
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
-        let request = Request::from_parts(head, body.into_body());
-        // Everything of the application's is in here, up to the last piece of its response's body.
-        let work = async {
-            match carried(&shared, async move { runner(request).await }.boxed()).await? {
-                Ran::Answered(response) => Some(weigh(&shared, &policy, response).await),
-                Ran::Rejected(response) => Some((response, End::Forget)),
-            }
-        };
+        let work = self.work(&run, operation, runner);
         let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
             Ok(Some((response, end))) => (Some(response), end),
             // Where idem only observes, a panic is the server's own affair.
@@ -362,13 +433,13 @@ impl Exchange {
             let refusal = Refusal::new(kind).about(id);
             shared.render(&policy, refusal).map(Body::from)
         };
-        let response = response
-            .unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
+        let response =
+            response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
         let lost = |id| refused(RefusalKind::LeaseLost, id);
         let (mut response, operation_id) = match ended {
             _ if policy.mode != Mode::Enforce => (response, operation_id),
             Ended::Own | Ended::Unrecorded => (response, operation_id),
-            Ended::Theirs(theirs, id) => match replayed(theirs) {
+            Ended::Theirs(theirs, id) => match replayed(theirs, policy.replay) {
                 Some(response) => (response, id),
                 None => (lost(id), id),
             },
@@ -379,7 +450,7 @@ impl Exchange {
     }
 
     fn replay(&self, recorded: RecordedResponse, operation_id: OperationId) -> Response {
-        match replayed(recorded) {
+        match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
                 let operation_id = Some(operation_id);
                 response
@@ -390,6 +461,57 @@ impl Exchange {
             None => self.render(Refusal::new(RefusalKind::RecordUnreadable).about(operation_id)),
         }
     }
+}
+
+/// What became of a request whose key was claimed, or was to be.
+enum Conducted {
+    Answered(Box<Response>),
+    Waits(Box<Waiting>),
+}
+
+/// A request that waits for the answer of the one that it repeats.
+struct Waiting {
+    exchange: Box<Exchange>,
+    call: Call,
+    claim: Box<Claim>,
+}
+
+impl Waiting {
+    async fn wait(self) -> Response {
+        let Self { mut exchange, call, claim } = self;
+        let shared = Arc::clone(&exchange.shared);
+        let bound = match exchange.policy.in_flight {
+            InFlight::Wait(bound) => bound,
+            InFlight::Reject => Duration::ZERO,
+        };
+        let bound = preferred_wait(&exchange.head.headers).map_or(bound, |wait| wait.min(bound));
+        match shared.wait(&call, &claim, bound, &mut *exchange).await {
+            Admission::Replay { response, operation_id } => {
+                exchange.tell(Outcome::Replayed, Some(operation_id));
+                exchange.replay(response, operation_id)
+            }
+            Admission::Refuse(refusal) => exchange.render(refusal),
+            // Nobody who waited runs.
+            Admission::Run(_) | Admission::Wait(_) | Admission::Unprotected => {
+                exchange.render(Refusal::new(RefusalKind::InFlight))
+            }
+        }
+    }
+}
+
+/// How long the client would wait (RFC 7240 §4.3). Preferences are hints: one that cannot be read
+/// is none.
+fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
+    headers.get_all("prefer").iter().find_map(|line| {
+        let preferences: sfv::Dictionary = sfv::Parser::new(line.as_bytes()).parse().ok()?;
+        let wait = preferences.into_iter().find(|(name, _)| name.as_str() == "wait")?;
+        let sfv::ListEntry::Item(sfv::Item { bare_item: sfv::BareItem::Integer(seconds), .. }) =
+            wait.1
+        else {
+            return None;
+        };
+        u64::try_from(i64::from(seconds)).ok().map(Duration::from_secs)
+    })
 }
 
 impl Comparable for Exchange {
@@ -465,13 +587,27 @@ fn carried(shared: &Shared, work: BoxFuture<'static, Ran>) -> BoxFuture<'static,
 }
 
 /// Says what an answer means for its record.
-async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Response, End) {
+async fn weigh(
+    shared: &Shared,
+    policy: &Resolved,
+    response: Response,
+    settle: Settle,
+) -> (Response, End) {
     let status = response.status();
-    if !policy.record.covers(status.as_u16()) {
-        let uncertain = status.is_server_error()
-            || status == StatusCode::REQUEST_TIMEOUT
-            || status.is_informational();
-        return (response, if uncertain { End::Release } else { End::Forget });
+    let uncertain = status.is_server_error()
+        || status == StatusCode::REQUEST_TIMEOUT
+        || status.is_informational();
+    let fate = match settle.fate {
+        Fate::ByPolicy if policy.record.covers(status.as_u16()) => Fate::Record,
+        Fate::ByPolicy if uncertain => Fate::Release,
+        Fate::ByPolicy => Fate::Forget,
+        fate => fate,
+    };
+    match fate {
+        Fate::Release => return (response, End::Release),
+        Fate::Forget => return (response, End::Forget),
+        Fate::Tombstone => return (response, tombstone(status, settle.ttl)),
+        Fate::Record | Fate::ByPolicy => {}
     }
     let (head, body) = response.into_parts();
     let limits = &shared.limits;
@@ -486,13 +622,15 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
             let headers: Vec<_> =
                 kept.map(|(k, v)| (k.as_str().as_bytes(), v.as_bytes())).collect();
             let payload = RecordedResponse::encode(status.as_u16(), &headers, &bytes);
-            (Response::from_parts(head, Body::from(bytes)), End::Complete(payload))
+            (Response::from_parts(head, Body::from(bytes)), End::Complete(payload, settle.ttl))
         }
         // The fact is recorded before the first byte leaves; the rest is streamed.
         Buffered::Whole(bytes, trailers) => {
-            (Response::from_parts(head, whole(bytes, trailers)), tombstone(status))
+            (Response::from_parts(head, whole(bytes, trailers)), tombstone(status, settle.ttl))
         }
-        Buffered::Beyond(body, _) => (Response::from_parts(head, body), tombstone(status)),
+        Buffered::Beyond(body, _) => {
+            (Response::from_parts(head, body), tombstone(status, settle.ttl))
+        }
     }
 }
 
@@ -502,8 +640,8 @@ fn nominated(headers: &HeaderMap) -> Vec<String> {
     lines.flat_map(|line| line.split(',')).map(|name| name.trim().to_ascii_lowercase()).collect()
 }
 
-fn tombstone(status: StatusCode) -> End {
-    End::Tombstone(RecordedResponse::encode(status.as_u16(), &[], b""))
+fn tombstone(status: StatusCode, ttl: Option<Ttl>) -> End {
+    End::Tombstone(RecordedResponse::encode(status.as_u16(), &[], b""), ttl)
 }
 
 /// What only layers set belongs outside of idem: a replay under another origin, encoding or
@@ -527,9 +665,10 @@ fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
     }
 }
 
-/// A recorded answer as a response; `None` if it cannot be one.
-fn replayed(recorded: RecordedResponse) -> Option<Response> {
-    let mut response = Response::new(Body::from(recorded.body));
+/// A recorded answer as a response, in the shape that the policy gives to replays; `None` if it
+/// cannot be one.
+fn replayed(recorded: RecordedResponse, shape: Option<ReplayShape>) -> Option<Response> {
+    let mut response = http::Response::new(recorded.body);
     *response.status_mut() = StatusCode::from_u16(recorded.status).ok()?;
     let headers = response.headers_mut();
     headers.reserve(recorded.headers.len() + 1);
@@ -538,7 +677,11 @@ fn replayed(recorded: RecordedResponse) -> Option<Response> {
         headers.append(name, HeaderValue::from_maybe_shared(value).ok()?);
     }
     headers.insert(REPLAYED, HeaderValue::from_static("true"));
-    Some(response)
+    let response = match shape {
+        Some(shape) => shape.apply(response),
+        None => response,
+    };
+    Some(response.map(Body::from))
 }
 
 /// The decoded parameters of the matched route, and whether all of them are UTF-8.
