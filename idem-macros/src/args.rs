@@ -35,6 +35,8 @@ pub(crate) struct Args {
     pub(crate) krate: Option<Said<Path>>,
     /// `anchor` was mentioned, though perhaps not readably: it is not missing.
     pub(crate) anchor_mentioned: bool,
+    /// The options follow an `@`, which only expansion writes.
+    pub(crate) others_have_run: bool,
 }
 
 /// A value together with the word that introduced it.
@@ -99,6 +101,7 @@ const NOT_YET: [&str; 4] = ["admit", "replay", "issued", "transaction"];
 pub(crate) fn parse(tokens: TokenStream, errors: &mut Errors) -> Args {
     let mut args = Args::default();
     let read = |input: ParseStream<'_>| -> Result<()> {
+        args.others_have_run = input.parse::<Option<Token![@]>>()?.is_some();
         while !input.is_empty() {
             if let Err(error) = args.option(input) {
                 errors.push(error);
@@ -226,7 +229,10 @@ pub(crate) fn not_yet(word: &Ident) -> Error {
 }
 
 fn no_value(key: &Ident) -> Error {
-    let example = OPTIONS.iter().find(|(name, _)| key == name).map_or("", |(_, example)| example);
+    let example = OPTIONS
+        .iter()
+        .find(|(name, _)| key == name)
+        .map_or("", |(_, example)| example);
     Error::new_spanned(key, format!("`{key}` needs a value, as in `{example}`"))
 }
 
@@ -292,7 +298,11 @@ impl Parse for Term {
             return Ok(Self::Arguments(word, all(&content)?));
         }
         let inside = all(&content)?;
-        Ok(Self::Call(Call { word, paren, inside }))
+        Ok(Self::Call(Call {
+            word,
+            paren,
+            inside,
+        }))
     }
 }
 
@@ -304,7 +314,11 @@ fn literal(input: ParseStream<'_>) -> Result<Term> {
     if !input.peek(Token![..]) {
         return Ok(Term::Literal(literal));
     }
-    Ok(Term::Range(Range { start: start.clone(), limits: input.parse()?, end: input.parse()? }))
+    Ok(Term::Range(Range {
+        start: start.clone(),
+        limits: input.parse()?,
+        end: input.parse()?,
+    }))
 }
 
 /// A comma-separated list that fills its parentheses.

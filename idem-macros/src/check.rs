@@ -27,6 +27,8 @@ pub(crate) struct Checked {
     pub(crate) engine: Engine,
     pub(crate) state: Option<Type>,
     pub(crate) krate: Option<Path>,
+    /// This is the second time, after the attribute macros below ours.
+    pub(crate) others_have_run: bool,
 }
 
 /// What the runtime's `Policy` is told; `None` where nothing was said.
@@ -101,6 +103,7 @@ pub(crate) fn check(
     errors: &mut Errors,
 ) -> Option<Checked> {
     let handler = handler.map(|handler| signature::check(handler, errors));
+    let others_have_run = args.others_have_run;
     let state = args.state.take();
     let krate = args.krate.take().map(|said| said.value);
     let engine = engine(args.engine.take(), state.as_ref(), errors);
@@ -118,6 +121,7 @@ pub(crate) fn check(
         engine,
         state: state.map(|said| said.value),
         krate,
+        others_have_run,
     })
 }
 
@@ -144,20 +148,31 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
     let mut parts = Parts { fields, errors };
     let anchor = args.anchor.map(|said| parts.anchor(&said.value));
     let scope = args.scope.map(|said| parts.scope(&said.value));
-    let fingerprint = args.fingerprint.and_then(|said| parts.fingerprint(&said.value));
+    let fingerprint = args
+        .fingerprint
+        .and_then(|said| parts.fingerprint(&said.value));
     if let Some(anchor) = &anchor {
         contradictions(anchor, args.format.as_ref(), args.optional.as_ref(), errors);
     }
 
     let lease = read(args.lease, errors, |key, term| {
-        value::time(key, term, "30s", "a lease that ends at once lets every retry run")
+        value::time(
+            key,
+            term,
+            "30s",
+            "a lease that ends at once lets every retry run",
+        )
     });
     let ttl = read(args.ttl, errors, ttl);
     let space = read(args.space, errors, value::space);
     let format = read(args.format, errors, |_, term| value::format(term));
     let refusals = read(args.refusals, errors, value::any_path);
     let record = read(args.record, errors, |key, term| {
-        value::word(key, term, &[("success", "Success"), ("final", "Final"), ("all", "All")])
+        value::word(
+            key,
+            term,
+            &[("success", "Success"), ("final", "Final"), ("all", "All")],
+        )
     });
     let in_flight = read(args.in_flight, errors, |key, term| {
         supported(term, &["wait"])?;
@@ -168,7 +183,15 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
         value::word(key, term, &[("rerun", "Rerun")])
     });
     let mode = read(args.mode, errors, |key, term| {
-        value::word(key, term, &[("enforce", "Enforce"), ("observe", "Observe"), ("off", "Off")])
+        value::word(
+            key,
+            term,
+            &[
+                ("enforce", "Enforce"),
+                ("observe", "Observe"),
+                ("off", "Off"),
+            ],
+        )
     });
     let store_outage = read(args.store_outage, errors, |key, term| {
         value::word(key, term, &[("closed", "Closed"), ("open", "Open")])
@@ -208,8 +231,13 @@ fn ttl(key: &Ident, term: &Term) -> Result<Ttl> {
         Term::Literal(Lit::Str(text)) if text.value() == "forever" => {
             value::error(text, "write `forever` without quotes")
         }
-        _ => value::time(key, term, "24h", "a record that expires at once protects nothing")
-            .map(Ttl::For),
+        _ => value::time(
+            key,
+            term,
+            "24h",
+            "a record that expires at once protects nothing",
+        )
+        .map(Ttl::For),
     }
 }
 

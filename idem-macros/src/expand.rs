@@ -28,30 +28,9 @@ use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::visit::{self, Visit};
 use syn::visit_mut::{self, VisitMut};
-use syn::{Attribute, Expr, GenericParam, Generics, Pat, PatIdent, Type, WherePredicate};
+use syn::{Attribute, Expr, GenericParam, Generics, Index, Pat, PatIdent, Type, WherePredicate};
 
 use crate::check::{Checked, CheckedHandler, Engine, Extractor, Part, Returns, Scope};
-use crate::handler::Body;
-
-/// What generated code trips over in crates that deny all of rustc's and
-/// clippy's lints: each is about a line that only we wrote.
-fn quiet() -> TokenStream {
-    quote! {
-        #[allow(
-            deprecated,
-            unknown_lints,
-            unreachable_code,
-            unused_imports,
-            unused_variables,
-            clippy::diverging_sub_expression,
-            clippy::empty_loop,
-            clippy::let_unit_value,
-            clippy::let_with_type_underscore,
-            clippy::needless_return,
-            clippy::unreachable,
-        )]
-    }
-}
 
 /// Our name resolution, at the user's place.
 fn at(tokens: impl ToTokens) -> Span {
@@ -68,18 +47,23 @@ fn at_end(tokens: impl ToTokens) -> Span {
 
 /// The item with the macros below ours moved before it, so that each of them
 /// sees the handler that its author wrote. `None` if there are none.
+///
+/// Happens once: what stands there the second time, behind the `@`, has either
+/// run or was no macro.
 pub(crate) fn after_other_macros(checked: &Checked, args: &TokenStream) -> Option<TokenStream> {
     let handler = &checked.handler;
-    if !handler.attributes.iter().any(|attribute| handler.runs_first(attribute)) {
+    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) = handler
+        .attributes
+        .iter()
+        .partition(|attribute| handler.runs_first(attribute));
+    if first.is_empty() || checked.others_have_run {
         return None;
     }
-    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) =
-        handler.attributes.iter().partition(|attribute| handler.runs_first(attribute));
     let private = private(checked);
     let undecorated = &handler.undecorated;
     Some(quote! {
         #(#first)*
-        #[#private::idempotent(#args)]
+        #[#private::idempotent(@ #args)]
         #(#below)*
         #undecorated
     })
@@ -94,6 +78,16 @@ fn private(checked: &Checked) -> TokenStream {
     }
 }
 
+/// The same path, as if it stood at the user's word: rustc underlines from the
+/// first token of an expression to the last.
+fn moved(path: &TokenStream, place: Span) -> TokenStream {
+    let mut path: Vec<TokenTree> = path.clone().into_iter().collect();
+    for token in &mut path {
+        token.set_span(token.span().located_at(place));
+    }
+    path.into_iter().collect()
+}
+
 pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let here = Span::mixed_site();
     let p = &private(checked);
@@ -105,7 +99,11 @@ pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let probe = function.streaming_probe();
     let run = function.run();
 
-    let CheckedHandler { attributes, visibility, .. } = &checked.handler;
+    let CheckedHandler {
+        attributes,
+        visibility,
+        ..
+    } = &checked.handler;
     quote_spanned! {here=>
         #(#attributes)*
         #visibility #signature {
@@ -139,12 +137,25 @@ impl<'a> Function<'a> {
             None => syn::parse_quote!(()),
         };
         let (Returns::Named(returns) | Returns::Opaque(returns)) = &handler.returns;
-        Self { checked, handler, private, names, last_type, returns }
+        Self {
+            checked,
+            handler,
+            private,
+            names,
+            last_type,
+            returns,
+        }
     }
 
     fn signature(&self) -> TokenStream {
         let here = Span::mixed_site();
-        let Self { private: p, names, last_type, returns, .. } = self;
+        let Self {
+            private: p,
+            names,
+            last_type,
+            returns,
+            ..
+        } = self;
         let types = self.handler.earlier.iter().map(|extractor| &extractor.ty);
         let source = match self.checked.engine {
             Engine::State => quote_spanned!(here=> #p::EngineInRouterState),
@@ -167,9 +178,12 @@ impl<'a> Function<'a> {
         let value = policy::tokens(&self.checked.policy, p);
         // An item's constant is evaluated by `cargo check`, an inline one only
         // by a build; but only the latter may depend on the type parameters.
-        let generic = std::iter::once("Self".to_owned())
-            .chain(self.handler.signature.generics.params.iter().filter_map(name_of))
-            .any(|name| mentions(&value, &name));
+        let parameters = &self.handler.signature.generics.params;
+        let generic = mentions(&value, "Self")
+            || parameters
+                .iter()
+                .filter_map(name_of)
+                .any(|name| mentions(&value, &name));
         if generic {
             return quote_spanned!(here=> let __policy: &'static #p::Policy = &const { #value };);
         }
@@ -187,7 +201,6 @@ impl<'a> Function<'a> {
     fn state_checks(&self) -> Option<TokenStream> {
         let state = self.checked.state.as_ref()?;
         let p = self.private;
-        let quiet = quiet();
         let engine = quote_spanned!(at(state)=> #p::check_engine::<#state>(););
         let arguments = self.handler.earlier.iter().map(
             |Extractor { ty, .. }| quote_spanned!(at(ty)=> #p::check_argument::<#ty, #state>();),
@@ -196,7 +209,6 @@ impl<'a> Function<'a> {
             quote_spanned!(at(ty)=> #p::check_last_argument::<#ty, #state, _>();)
         });
         Some(quote_spanned! {Span::mixed_site()=>
-            #quiet
             if false {
                 #engine
                 #(#arguments)*
@@ -211,11 +223,13 @@ impl<'a> Function<'a> {
             return None;
         };
         let p = self.private;
-        let quiet = quiet();
-        let check = quote_spanned!(at(returns)=> #p::probe::Of::<#returns>::check(););
+        let there = at(returns);
+        let at_type = moved(p, there);
+        let check = quote_spanned!(there=> #at_type::probe::Of::<#returns>::check(););
         Some(quote_spanned! {Span::mixed_site()=>
-            #quiet
             {
+                // Unused where the answer streams and is refused.
+                #[allow(unused_imports)]
                 use #p::probe::Fallback as _;
                 #check
             }
@@ -224,11 +238,16 @@ impl<'a> Function<'a> {
 
     fn run(&self) -> TokenStream {
         let here = Span::mixed_site();
-        let Self { private: p, last_type, .. } = self;
+        let Self {
+            private: p,
+            last_type,
+            ..
+        } = self;
         let body = self.body();
         // Located at the name, where rustc says why a future is not `Send`.
-        let body =
-            quote_spanned!(at(&self.handler.signature.ident)=> #p::boxed(async move { #body }));
+        let name = at(&self.handler.signature.ident);
+        let at_name = moved(p, name);
+        let body = quote_spanned!(name=> #at_name::boxed(async move { #body }));
         let expressions = self.argument_expressions();
         if expressions.is_empty() {
             return quote_spanned!(here=> #p::run(__idem, __policy, move |__last: #last_type| #body).await);
@@ -252,9 +271,10 @@ impl<'a> Function<'a> {
     fn arguments(&self, expressions: &[&Expr]) -> TokenStream {
         let here = Span::mixed_site();
         let p = self.private;
-        let quiet = quiet();
         let last = Ident::new("__last", here);
-        let patterns = self.extractors().map(|extractor| by_reference(&extractor.pattern));
+        let patterns = self
+            .extractors()
+            .map(|extractor| by_reference(&extractor.pattern));
         let values = self.names.iter().chain([&last]);
         let pushes = expressions.iter().map(|expression| {
             let mut borrowed = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
@@ -266,8 +286,9 @@ impl<'a> Function<'a> {
         quote_spanned! {here=>
             let mut __arguments = #p::Arguments::new();
             {
+                #[allow(unused_variables)]
                 let __collect = |__arguments: &mut #p::Arguments| {
-                    #(#quiet let #patterns = &#values;)*
+                    #(let #patterns = &#values;)*
                     #(#pushes)*
                 };
                 __collect(&mut __arguments);
@@ -276,32 +297,27 @@ impl<'a> Function<'a> {
     }
 
     /// What the engine runs: the arguments taken apart, then the user's block.
+    ///
+    /// All arguments move in: what a `_` stands for, such as a permit, lives as
+    /// long as the body. The block stays a block, so that items may begin it.
     fn body(&self) -> TokenStream {
         let here = Span::mixed_site();
         let Self { names, handler, .. } = self;
-        let patterns = self.extractors().map(|extractor| &extractor.pattern);
-        let lint_levels = self.extractors().flat_map(|extractor| &extractor.attributes);
         let inference = self.inference();
-        let used = self.used_in_expressions();
-        let block = block(&handler.body);
         let arguments = handler.last.as_ref().map(|_| {
+            let bindings = self.extractors().enumerate().filter_map(binding);
+            let used = self.used_in_expressions();
             quote_spanned! {here=>
-                // All of them move in: what a `_` stands for, such as a permit,
-                // lives as long as the body.
                 let __args = (#(#names,)* __last,);
-            }
-        });
-        let bindings = handler.last.as_ref().map(|_| {
-            quote_spanned! {here=>
-                #(#lint_levels)*
-                let (#(#patterns,)*) = __args;
+                #(#bindings)*
                 #(let _ = &#used;)*
             }
         });
+        let block = &handler.body;
         quote_spanned! {here=>
-            #arguments
             #inference
-            #bindings
+            #arguments
+            #[allow(unused_braces)]
             #block
         }
     }
@@ -311,9 +327,16 @@ impl<'a> Function<'a> {
         let Returns::Named(returns) = &self.handler.returns else {
             return None;
         };
-        let quiet = quiet();
-        Some(quote_spanned! {Span::mixed_site()=>
-            #quiet
+        // Located at the type, where rustc says what it inferred.
+        Some(quote_spanned! {at(returns)=>
+            #[allow(
+                unreachable_code,
+                clippy::diverging_sub_expression,
+                clippy::empty_loop,
+                clippy::let_unit_value,
+                clippy::let_with_type_underscore,
+                clippy::needless_return,
+            )]
             if false {
                 let __never: #returns = loop {};
                 return __never;
@@ -371,7 +394,9 @@ fn outlive_the_request(generics: &mut Generics) {
             let name = &parameter.ident;
             predicates.push(syn::parse_quote_spanned!(here=> #name: 'static));
         } else {
-            parameter.bounds.push(syn::parse_quote_spanned!(here=> 'static));
+            parameter
+                .bounds
+                .push(syn::parse_quote_spanned!(here=> 'static));
         }
     }
     if !predicates.is_empty() {
@@ -380,13 +405,22 @@ fn outlive_the_request(generics: &mut Generics) {
     }
 }
 
-/// The body as a block inside ours: items that it begins with stay where
-/// items may begin. The braces are where the user's are, but by their hygiene
-/// ours, or rustc would call them unnecessary.
-fn block(body: &Body) -> TokenTree {
-    let mut block = Group::new(Delimiter::Brace, body.tokens.clone());
-    block.set_span(Span::mixed_site().located_at(body.braces.span.join()));
-    block.into()
+/// One `let` for each argument, so that rustc can point at its pattern.
+fn binding((index, extractor): (usize, &Extractor)) -> Option<TokenStream> {
+    let Extractor {
+        attributes,
+        pattern,
+        ..
+    } = extractor;
+    // It would bind nothing, and several lints ask for a reason.
+    if matches!(pattern, Pat::Wild(_)) {
+        return None;
+    }
+    let field = Index::from(index);
+    Some(quote_spanned! {Span::mixed_site()=>
+        #(#attributes)*
+        let #pattern = __args.#field;
+    })
 }
 
 fn name_of(parameter: &GenericParam) -> Option<String> {

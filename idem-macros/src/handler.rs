@@ -3,10 +3,10 @@
 //! The body stays one opaque run of tokens: whoever is typing inside a handler
 //! gets rustc's error about what they type and none of ours.
 
-use proc_macro2::{Ident, TokenStream};
+use proc_macro2::{Delimiter, Group, Ident, TokenStream, TokenTree};
 use syn::ext::IdentExt;
 use syn::parse::{ParseStream, Parser};
-use syn::{AttrStyle, Attribute, Path, Result, Signature, Token, Visibility, token};
+use syn::{AttrStyle, Attribute, Path, Result, Signature, Token, Visibility};
 
 use crate::errors::Errors;
 
@@ -14,15 +14,10 @@ pub(crate) struct Handler {
     pub(crate) attributes: Vec<Attribute>,
     pub(crate) visibility: Visibility,
     pub(crate) signature: Signature,
-    pub(crate) body: Body,
+    /// A block.
+    pub(crate) body: TokenTree,
     /// Everything after the attributes, as it came.
     pub(crate) undecorated: TokenStream,
-}
-
-/// What stands between the braces, and where they stand.
-pub(crate) struct Body {
-    pub(crate) braces: token::Brace,
-    pub(crate) tokens: TokenStream,
 }
 
 pub(crate) fn parse(item: TokenStream, errors: &mut Errors) -> Option<Handler> {
@@ -41,24 +36,48 @@ fn read(input: ParseStream<'_>) -> Result<Handler> {
     }
     let signature = input.parse()?;
 
+    let block = input.fork().parse()?;
     let content;
     let braces = syn::braced!(content in input);
     // The body moves into a block in which inner attributes may not stand.
-    attributes.extend(content.call(Attribute::parse_inner)?.into_iter().map(outer));
-    let tokens = content.parse()?;
+    let inner = content.call(Attribute::parse_inner)?;
+    let untouched = inner.is_empty();
+    attributes.extend(inner.into_iter().map(outer));
+    let rest = content.parse()?;
 
-    Ok(Handler { attributes, visibility, signature, body: Body { braces, tokens }, undecorated })
+    let body = match block {
+        // Only the compiler's own group knows where each of its braces is, and
+        // a syntax error reported twice is shown once if the places agree.
+        TokenTree::Group(block) if untouched && block.delimiter() == Delimiter::Brace => block,
+        _ => {
+            let mut block = Group::new(Delimiter::Brace, rest);
+            block.set_span(braces.span.join());
+            block
+        }
+    };
+    Ok(Handler {
+        attributes,
+        visibility,
+        signature,
+        body: body.into(),
+        undecorated,
+    })
 }
 
 fn outer(inner: Attribute) -> Attribute {
-    Attribute { style: AttrStyle::Outer, ..inner }
+    Attribute {
+        style: AttrStyle::Outer,
+        ..inner
+    }
 }
 
 fn function_follows(input: ParseStream<'_>) -> bool {
     let ahead = input.fork();
     while !ahead.peek(Token![fn]) {
         let qualifier = ahead.call(Ident::parse_any).is_ok_and(|word| {
-            ["const", "async", "safe", "unsafe", "extern"].iter().any(|qualifier| word == qualifier)
+            ["const", "async", "safe", "unsafe", "extern"]
+                .iter()
+                .any(|qualifier| word == qualifier)
         });
         let abi = ahead.parse::<Option<syn::LitStr>>();
         if !qualifier || abi.is_err() {

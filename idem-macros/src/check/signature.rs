@@ -1,6 +1,6 @@
 //! What axum and the engine ask of a handler's signature.
 
-use proc_macro2::{Ident, TokenStream};
+use proc_macro2::{Ident, TokenStream, TokenTree};
 use quote::ToTokens;
 use syn::visit::{self, Visit};
 use syn::{
@@ -9,7 +9,7 @@ use syn::{
 };
 
 use crate::errors::Errors;
-use crate::handler::{self, Body, Handler, Kind};
+use crate::handler::{self, Handler, Kind};
 
 /// A function that axum could call and the engine can wrap.
 pub(crate) struct Checked {
@@ -21,7 +21,7 @@ pub(crate) struct Checked {
     pub(crate) earlier: Vec<Extractor>,
     pub(crate) last: Option<Extractor>,
     pub(crate) returns: Returns,
-    pub(crate) body: Body,
+    pub(crate) body: TokenTree,
     pub(crate) undecorated: TokenStream,
 }
 
@@ -42,8 +42,16 @@ pub(crate) enum Returns {
 /// axum implements `Handler` for functions of up to so many arguments.
 const MOST_ARGUMENTS: usize = 16;
 
-const TAKES_THE_BODY: [&str; 8] =
-    ["Body", "Bytes", "Form", "Json", "Multipart", "RawForm", "Request", "String"];
+const TAKES_THE_BODY: [&str; 8] = [
+    "Body",
+    "Bytes",
+    "Form",
+    "Json",
+    "Multipart",
+    "RawForm",
+    "Request",
+    "String",
+];
 
 const LEAVES_THE_BODY: [&str; 14] = [
     "ConnectInfo",
@@ -63,7 +71,13 @@ const LEAVES_THE_BODY: [&str; 14] = [
 ];
 
 pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
-    let Handler { attributes, visibility, mut signature, body, undecorated } = handler;
+    let Handler {
+        attributes,
+        visibility,
+        mut signature,
+        body,
+        undecorated,
+    } = handler;
 
     for attribute in &attributes {
         if handler::kind(attribute.path()) == Kind::Idempotent {
@@ -79,7 +93,10 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
 
     let inputs = std::mem::take(&mut signature.inputs);
     if let Some(seventeenth) = inputs.iter().nth(MOST_ARGUMENTS) {
-        errors.at(seventeenth, format!("axum handlers take at most {MOST_ARGUMENTS} extractors"));
+        errors.at(
+            seventeenth,
+            format!("axum handlers take at most {MOST_ARGUMENTS} extractors"),
+        );
     }
     let count = inputs.len();
     let mut earlier = Vec::with_capacity(count);
@@ -101,25 +118,50 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
         ReturnType::Type(_, ty) if says_impl(&ty) => Returns::Opaque(*ty),
         ReturnType::Type(_, ty) => Returns::Named(*ty),
     };
-    Checked { attributes, visibility, signature, earlier, last, returns, body, undecorated }
+    Checked {
+        attributes,
+        visibility,
+        signature,
+        earlier,
+        last,
+        returns,
+        body,
+        undecorated,
+    }
 }
 
 fn qualifiers(signature: &Signature, errors: &mut Errors) {
     if signature.asyncness.is_none() {
-        errors.at(signature.fn_token, "`#[idempotent]` handlers must be `async fn`");
+        errors.at(
+            signature.fn_token,
+            "`#[idempotent]` handlers must be `async fn`",
+        );
     }
     if let Safety::Unsafe(word) = &signature.safety {
-        errors
-            .at(word, "axum cannot call an `unsafe fn`: keep the unsafe block inside the handler");
+        errors.at(
+            word,
+            "axum cannot call an `unsafe fn`: keep the unsafe block inside the handler",
+        );
     }
     if let Some(abi) = &signature.abi {
-        errors.at(abi, "axum calls handlers by Rust's own ABI: leave out `extern`");
+        errors.at(
+            abi,
+            "axum calls handlers by Rust's own ABI: leave out `extern`",
+        );
     }
 }
 
 fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor {
-    let PatType { attrs: attributes, pat, ty, .. } = argument;
-    for attribute in attributes.iter().filter(|attribute| !handler::sets_lint_level(attribute)) {
+    let PatType {
+        attrs: attributes,
+        pat,
+        ty,
+        ..
+    } = argument;
+    for attribute in attributes
+        .iter()
+        .filter(|attribute| !handler::sets_lint_level(attribute))
+    {
         errors.at(
             attribute,
             "attributes on an argument get lost when it is wrapped: only lint levels, such as `#[allow(..)]`, may stand here",
@@ -137,7 +179,11 @@ fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor
             );
         }
     }
-    Extractor { attributes, pattern: *pat, ty: *ty }
+    Extractor {
+        attributes,
+        pattern: *pat,
+        ty: *ty,
+    }
 }
 
 /// Reports what keeps a type from being named, owned and `'static`.
@@ -147,19 +193,28 @@ struct TypeOfArgument<'a> {
 
 impl Visit<'_> for TypeOfArgument<'_> {
     fn visit_type_impl_trait(&mut self, ty: &TypeImplTrait) {
-        self.errors.at(ty, "`impl Trait` arguments are not supported: name the extractor's type");
+        self.errors.at(
+            ty,
+            "`impl Trait` arguments are not supported: name the extractor's type",
+        );
     }
 
     fn visit_type_reference(&mut self, ty: &TypeReference) {
-        if ty.lifetime.as_ref().is_some_and(|lifetime| lifetime.ident == "static") {
+        if ty
+            .lifetime
+            .as_ref()
+            .is_some_and(|lifetime| lifetime.ident == "static")
+        {
             return visit::visit_type_reference(self, ty);
         }
-        self.errors.at(ty, "handlers take owned extractors, not references");
+        self.errors
+            .at(ty, "handlers take owned extractors, not references");
     }
 
     fn visit_lifetime(&mut self, lifetime: &Lifetime) {
         if lifetime.ident == "_" {
-            self.errors.at(lifetime, "handlers cannot have lifetime parameters");
+            self.errors
+                .at(lifetime, "handlers cannot have lifetime parameters");
         }
     }
 

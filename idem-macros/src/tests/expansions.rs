@@ -1,0 +1,266 @@
+use super::{expand, pretty, tokens};
+use crate::derive;
+
+/// Compares with the file of that name; `UPDATE_EXPANSIONS=1` writes it.
+#[track_caller]
+fn assert_expands(name: &str, expansion: proc_macro2::TokenStream) {
+    let path = format!(
+        "{}/src/tests/expansions/{name}.rs",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let actual = pretty(expansion);
+    if std::env::var_os("UPDATE_EXPANSIONS").is_some() {
+        std::fs::write(&path, &actual).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(actual, expected, "{path} differs");
+}
+
+const EVERYTHING: &str = r#"
+    anchor = (header("Idempotency-Key"), (path("id"), keys::NONCE)),
+    ttl = "1h 30m",
+    scope = (header("X-Tenant"), query("shop")),
+    space = "payments",
+    optional,
+    fingerprint = (exclude("sent_at", "/a.b"), header("X-Version")),
+    record = final,
+    in_flight = reject,
+    on_unknown = rerun,
+    lease = LEASE,
+    refusals = problems::REFUSALS,
+    mode = observe,
+    store_outage = open,
+    engine = state,
+    state = App<Pg, Redis>,
+    crate = foo::bar,
+"#;
+
+const ORDINARY: &str = "
+    /// Moves money.
+    #[must_use]
+    pub async fn transfer(State(db): State<Db>, Json(mut body): Json<Transfer>) -> Result<Json<Receipt>, Problem> {
+        let policy = db.move_money(&mut body).await?;
+        Ok(Json(policy))
+    }
+";
+
+#[test]
+fn an_ordinary_handler() {
+    let args = r#"anchor = header("Idempotency-Key"), ttl = "24h""#;
+    assert_expands("ordinary", expand(args, ORDINARY));
+}
+
+#[test]
+fn a_handler_that_says_everything() {
+    assert_expands("everything", expand(EVERYTHING, ORDINARY));
+}
+
+#[test]
+fn a_handler_without_arguments_or_return_type() {
+    let item = "async fn ping() { pong().await; }";
+    let args = r#"anchor = query("id"), ttl = forever, engine = extension"#;
+    assert_expands("no_arguments", expand(args, item));
+}
+
+#[test]
+fn expressions_over_the_arguments() {
+    let args = "anchor = arg(body.nonce, (id, 1)), scope = (arg(user.tenant), header(\"X\"))";
+    let item = "async fn f(user: User, #[allow(unused_mut)] Path(mut id): Path<u64>, _: Permit, Json(ref body): Json<B>) -> u64 { 1 }";
+    assert_expands("arguments", expand(args, item));
+}
+
+#[test]
+fn a_generic_handler_that_returns_impl_trait() {
+    let args =
+        "anchor = T::ANCHOR, format = hex(32), fingerprint = body_field(\"a\"), scope = global";
+    let item = "async fn f<T: Op, U, const N: usize>(State(s): State<T>, b: Wrap<U>) -> Result<impl IntoResponse, E> where U: Clone { #![allow(dead_code)] x }";
+    assert_expands("generic", expand(args, item));
+}
+
+#[test]
+fn other_macros_see_the_handler_as_it_was_written() {
+    let args = r#"anchor = header("x"), crate = foo"#;
+    let item = "#[doc = \"d\"] #[utoipa::path(post)] #[allow(dead_code)] #[debug_handler(state = S)] async fn f(b: Json<B>) -> u8 { 1 }";
+    assert_expands("other_macros_below", expand(args, item));
+}
+
+#[test]
+fn debug_handler_stays_below_where_it_would_count_no_arguments() {
+    let args = r#"anchor = header("x")"#;
+    let first = expand(args, "#[debug_handler] #[instrument] async fn f() {}");
+    assert_expands("debug_handler_below", first);
+    let second = expand(args, "#[debug_handler] async fn f() {}").to_string();
+    assert!(second.contains("Guarded"), "{second}");
+    assert!(second.contains("debug_handler"), "{second}");
+}
+
+#[test]
+fn an_unknown_attribute_that_is_no_macro_is_moved_once() {
+    let args = r#"anchor = header("x")"#;
+    let first = expand(args, "#[tool::note] async fn f() {}").to_string();
+    assert!(first.contains("idempotent (@ anchor"), "{first}");
+    let second = expand(&format!("@ {args}"), "#[tool::note] async fn f() {}").to_string();
+    assert!(second.contains("Guarded"), "{second}");
+    assert!(second.contains("# [tool :: note]"), "{second}");
+}
+
+#[test]
+fn derived_values_write_every_field_in_order() {
+    let item = "#[anchor(crate = foo::bar)] struct Id<T, U>(u64, PhantomData<T>, U) where U: Copy;";
+    assert_expands("derive_tuple", derive::anchor_value(tokens(item)));
+    let item = "pub(crate) struct Pair { r#type: Kind, id: Uuid }";
+    assert_expands("derive_named", derive::anchor_value(tokens(item)));
+}
+
+#[test]
+fn another_crate_path_replaces_ours_everywhere() {
+    for args in [
+        EVERYTHING,
+        "crate = foo::bar, anchor = arg(a), scope = arg(c), format = FORMAT, ttl = TTL, engine = extension",
+        r#"crate = foo::bar, anchor = body_field("/a/b"), fingerprint = (json, header("a")), scope = global, space = SPACE"#,
+        r#"crate = foo::bar, anchor = path("id"), fingerprint = none, format = text(1..=9), state = S"#,
+    ] {
+        for item in [
+            ORDINARY,
+            "async fn f(b: Json<B>) {}",
+            "#[instrument] async fn f<T>(b: Json<T>) -> impl X {}",
+        ] {
+            let expansion = expand(args, item).to_string();
+            assert!(!expansion.contains("idem_runtime"), "{expansion}");
+            assert!(!expansion.contains("compile_error"), "{expansion}");
+        }
+    }
+    let derived = derive::anchor_value(tokens("#[anchor(crate = foo)] struct A<T>(T);"));
+    assert!(!derived.to_string().contains("idem_runtime"), "{derived}");
+}
+
+#[test]
+fn without_a_crate_path_ours_is_absolute() {
+    let expansion = expand(r#"anchor = header("x")"#, ORDINARY).to_string();
+    let named = expansion.matches("idem_runtime").count();
+    assert_ne!(named, 0);
+    assert_eq!(
+        named,
+        expansion.matches(":: idem_runtime :: __private").count()
+    );
+}
+
+#[test]
+fn names_of_the_users_are_only_names() {
+    let args = r#"anchor = arg(__args, Some), ttl = POLICY, scope = arg(r#type)"#;
+    let item = "async fn run(__args: A, __policy: B, (__last, Some): (C, D), Json(r#type): Json<E>) -> Result { __idem(__policy) }";
+    let expansion = pretty(expand(args, item));
+    assert!(!expansion.contains("compile_error"), "{expansion}");
+    assert!(
+        expansion.contains("::core::result::Result::Ok"),
+        "{expansion}"
+    );
+    assert!(!expansion.contains(" Ok("), "{expansion}");
+}
+
+#[test]
+fn every_option_is_known() {
+    for said in [
+        r#"anchor = header("x")"#,
+        r#"anchor = body_field("a.b")"#,
+        r#"anchor = body_field("/a~0/~1")"#,
+        r#"anchor = path("id")"#,
+        r#"anchor = query("q")"#,
+        "anchor = arg(b.id)",
+        "anchor = KEY",
+        "anchor = keys::key",
+        "anchor = <K as Key>::KEY",
+        r#"anchor = (KEY, header("x"),)"#,
+    ] {
+        assert_eq!(
+            super::mistakes(said, "async fn f(b: Json<B>) {}"),
+            [],
+            "{said}"
+        );
+    }
+    for said in [
+        r#"ttl = "24h""#,
+        r#"ttl = "90 days""#,
+        r#"ttl = "1500ms""#,
+        "ttl = forever",
+        "ttl = TTL",
+        r#"lease = "30s""#,
+        "lease = a::LEASE",
+        "scope = global",
+        r#"scope = header("x")"#,
+        r#"scope = path("t")"#,
+        r#"scope = query("t")"#,
+        r#"scope = body_field("t")"#,
+        "scope = arg(user.id)",
+        "scope = TENANT",
+        r#"scope = (TENANT, header("x"))"#,
+        r#"space = "s""#,
+        "space = SPACE",
+        "format = uuid",
+        "format = hex(32)",
+        "format = text(1..=64)",
+        "format = ISO",
+        "optional",
+        "fingerprint = request",
+        "fingerprint = json",
+        "fingerprint = none",
+        r#"fingerprint = body_field("a", "b")"#,
+        r#"fingerprint = exclude("a")"#,
+        "fingerprint = FP",
+        r#"fingerprint = (json, header("a"), header("b"))"#,
+        "record = success",
+        "record = final",
+        "record = all",
+        "in_flight = reject",
+        "on_unknown = rerun",
+        "mode = enforce",
+        "mode = observe",
+        "mode = off",
+        "store_outage = closed",
+        "store_outage = open",
+        "refusals = problems",
+        "engine = state",
+        "engine = extension",
+        "state = App<A, B>",
+        "crate = ::a::b",
+        "crate = crate::a",
+    ] {
+        let args = format!("anchor = header(\"Idempotency-Key\"), {said}");
+        assert_eq!(
+            super::mistakes(&args, "async fn f(b: Json<B>) {}"),
+            [],
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_body_that_is_being_typed_is_none_of_our_business() {
+    let item = "async fn f(Json(b): Json<B>) { b. ; let = ; if { match }";
+    let item = format!("{item} }}");
+    assert_eq!(super::mistakes("anchor = KEY", &item), []);
+    let expansion = expand("anchor = KEY", &item).to_string();
+    assert!(
+        expansion.contains("b . ; let = ; if { match }"),
+        "{expansion}"
+    );
+}
+
+#[test]
+fn a_mistake_gives_the_item_back_as_it_was() {
+    for item in [
+        "#[utoipa::path] pub async fn f(self, x: &str) { a b c }",
+        "fn f();",
+        "struct S { x: u8 }",
+        "pub async fn f(x: ) {}",
+    ] {
+        let expansion = expand("anchor = heder(\"x\")", item).to_string();
+        let errors = expansion
+            .strip_prefix(&tokens(item).to_string())
+            .unwrap_or_else(|| panic!("the item changed: {expansion}"));
+        assert!(
+            errors.trim().starts_with(":: core :: compile_error !"),
+            "{errors}"
+        );
+    }
+}

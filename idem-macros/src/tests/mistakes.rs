@@ -1,0 +1,567 @@
+use super::{mistakes, tokens};
+use crate::derive;
+
+const HANDLER: &str = "async fn f(Json(body): Json<B>) -> u8 { 1 }";
+
+/// One mistake in the options: what is underlined, and what it says.
+#[track_caller]
+fn assert_option(args: &str, underlined: &str, message: &str) {
+    assert_one(args, HANDLER, underlined, message);
+}
+
+/// One mistake in the handler.
+#[track_caller]
+fn assert_handler(item: &str, underlined: &str, message: &str) {
+    assert_one("anchor = KEY", item, underlined, message);
+}
+
+#[track_caller]
+fn assert_one(args: &str, item: &str, underlined: &str, message: &str) {
+    let found = mistakes(args, item);
+    let [(at, said)] = &found[..] else {
+        panic!("expected one mistake in `{args}` on `{item}`: {found:#?}");
+    };
+    assert_eq!(at, underlined, "{said}");
+    assert!(
+        said.contains(message),
+        "{args}\n  says: {said}\n  expected: {message}"
+    );
+}
+
+#[test]
+fn options_are_known_and_given_once() {
+    assert_option(
+        "anchor = KEY, tll = \"24h\"",
+        "tll",
+        "unknown option `tll`; did you mean `ttl`?\nknown options: `anchor`, `ttl`,",
+    );
+    assert_option(
+        "anchor = KEY, zzzzz",
+        "zzzzz",
+        "unknown option `zzzzz`\nknown options: ",
+    );
+    assert_option("anchor = KEY, Mode = off", "Mode", "did you mean `mode`?");
+    assert_option(
+        "ttl = TTL, anchor = KEY, ttl = \"1h\"",
+        "ttl",
+        "option `ttl` given twice",
+    );
+    assert_option(
+        "optional, anchor = KEY, optional",
+        "optional",
+        "option `optional` given twice",
+    );
+    assert_option(
+        "anchor = KEY ttl = TTL",
+        "ttl",
+        "expected `,` between options",
+    );
+    assert_option(
+        "anchor = KEY; ttl = TTL",
+        ";",
+        "expected `,` between options",
+    );
+    assert_option(
+        "anchor = KEY,, ttl = TTL",
+        ",",
+        "expected the name of an option",
+    );
+    assert_option(
+        "anchor = KEY, optional = true",
+        "optional",
+        "write just `optional`",
+    );
+    assert_option(
+        "anchor = KEY, ttl",
+        "ttl",
+        "`ttl` needs a value, as in `ttl = \"24h\"`",
+    );
+    assert_option(
+        "anchor = , ttl = TTL",
+        "anchor",
+        "`anchor` needs a value, as in `anchor = header(\"Idempotency-Key\")`",
+    );
+    assert_option(
+        "anchor = KEY, crate = \"foo\"",
+        "\"foo\"",
+        "expected identifier",
+    );
+}
+
+#[test]
+fn what_is_not_built_is_refused_at_the_word() {
+    for word in ["admit", "replay", "issued", "transaction"] {
+        let message = format!("`{word}` is not yet supported");
+        for value in ["", " = a::b", "(status = 200, merge = { a: 1 })"] {
+            assert_option(&format!("{word}{value}, anchor = KEY"), word, &message);
+        }
+    }
+    assert_option(
+        "anchor = KEY, in_flight = wait(\"5s\")",
+        "wait",
+        "`wait` is not yet supported",
+    );
+    assert_option(
+        "anchor = KEY, on_unknown = refuse",
+        "refuse",
+        "`refuse` is not yet supported",
+    );
+    assert_option(
+        "anchor = KEY, on_unknown = recover = a::b, mode = off",
+        "recover",
+        "`recover` is not yet supported",
+    );
+    assert_option(
+        "anchor = KEY, on_unknown = recover(a)",
+        "recover",
+        "`recover` is not yet supported",
+    );
+}
+
+#[test]
+fn anchors_come_from_somewhere() {
+    let missing = &mistakes("", HANDLER)[0].1;
+    assert_eq!(
+        missing,
+        "missing `anchor = ...`: say what identifies the operation, as in `anchor = header(\"Idempotency-Key\")`"
+    );
+    assert_option(
+        "anchor = heder(\"x\")",
+        "heder",
+        "unknown anchor `heder(..)`: expected `header(..)`",
+    );
+    assert_option("anchor = heder(\"x\")", "heder", "did you mean `header`?");
+    assert_option("anchor = flow_id", "flow_id", "unknown anchor `flow_id`");
+    assert_option("anchor = header", "header", "`header` needs parentheses");
+    assert_option(
+        "anchor = header()",
+        "header()",
+        "takes one string literal, as in `header(\"Idempotency-Key\")`",
+    );
+    assert_option(
+        "anchor = header(\"a\", \"b\")",
+        "header(\"a\", \"b\")",
+        "takes one string literal",
+    );
+    assert_option(
+        "anchor = \"Idempotency-Key\"",
+        "\"Idempotency-Key\"",
+        "as in `anchor = header(",
+    );
+    assert_option("anchor = global", "global", "unknown anchor `global`");
+    assert_option("anchor = ()", "()", "`anchor` needs at least one part");
+    assert_option("anchor = arg()", "arg", "`arg(..)` takes expressions");
+    assert_option(
+        "anchor = (header(\"a\"), (header(\"A\"), KEY))",
+        "header(\"A\")",
+        "the same part twice",
+    );
+    assert_option(
+        "anchor = arg(body.id, body.id)",
+        "body.id",
+        "the same part twice",
+    );
+}
+
+#[test]
+fn scopes_come_from_somewhere() {
+    assert_option(
+        "anchor = KEY, scope = globl",
+        "globl",
+        "did you mean `global`?",
+    );
+    assert_option(
+        "anchor = KEY, scope = \"global\"",
+        "\"global\"",
+        "write `global` without quotes",
+    );
+    assert_option(
+        "anchor = KEY, scope = (global, TENANT)",
+        "global",
+        "cannot be one part of another",
+    );
+    assert_option(
+        "anchor = KEY, scope = global(1)",
+        "global(1)",
+        "`global` takes no parentheses",
+    );
+    assert_option(
+        "anchor = KEY, scope = tenant",
+        "tenant",
+        "unknown scope `tenant`",
+    );
+}
+
+#[test]
+fn names_can_occur_in_a_request() {
+    assert_option(
+        "anchor = header(\"Idem potency\")",
+        "\"Idem potency\"",
+        "`Idem potency` is not a valid header name: ' ' is not allowed; did you mean `Idem-potency`?",
+    );
+    assert_option(
+        "anchor = header(\"Key:\")",
+        "\"Key:\"",
+        "did you mean `Key`?",
+    );
+    assert_option("anchor = header(\"ü\")", "\"ü\"", "'ü' is not allowed");
+    assert_option("anchor = header(\"\")", "\"\"", "cannot be empty");
+    assert_option(
+        "anchor = path(\"/pay/{id}\")",
+        "\"/pay/{id}\"",
+        "did you mean `id`?",
+    );
+    assert_option("anchor = path(\"\")", "\"\"", "has a name");
+    assert_option("anchor = query(\"\")", "\"\"", "has a name");
+    assert_option(
+        "anchor = body_field(\"\")",
+        "\"\"",
+        "an empty path names no field",
+    );
+    assert_option(
+        "anchor = body_field(\"a..b\")",
+        "\"a..b\"",
+        "empty name between dots",
+    );
+    assert_option(
+        "anchor = body_field(\"/a~2\")",
+        "\"/a~2\"",
+        "not a JSON Pointer",
+    );
+    assert_option(
+        "anchor = body_field(\"/a~\")",
+        "\"/a~\"",
+        "not a JSON Pointer",
+    );
+    assert_option("anchor = KEY, space = \"\"", "\"\"", "a space needs a name");
+    assert_option(
+        "anchor = KEY, space = payments",
+        "payments",
+        "`space = \"payments\"`",
+    );
+}
+
+#[test]
+fn durations_have_units_and_end() {
+    let ttl = |value: &str, message: &str| {
+        assert_option(&format!("anchor = KEY, ttl = {value}"), value, message);
+    };
+    ttl(
+        "\"24 horas\"",
+        "unknown duration unit `horas` in `24 horas`: expected `ms`, `s`, `m`, `h` or `d`; did you mean `\"24h\"`?",
+    );
+    ttl("\"24 foo\"", "expected `ms`, `s`, `m`, `h` or `d`");
+    ttl(
+        "\"24\"",
+        "duration `24` has no unit: write `\"24s\"`, `\"24m\"`, `\"24h\"` or `\"24d\"`",
+    );
+    ttl("24", "`ttl` takes a string literal, as in `ttl = \"24h\"`");
+    ttl(
+        "\"0s\"",
+        "`ttl` must be greater than zero: a record that expires at once protects nothing",
+    );
+    ttl("\"\"", "an empty duration");
+    ttl("\"-1h\"", "is not a duration");
+    ttl("\"h\"", "is not a duration");
+    ttl("\"1M\"", "a month has no fixed length");
+    ttl("\"1 year\"", "a year has no fixed length");
+    ttl("\"5us\"", "finer than a millisecond");
+    ttl("\"40000d\"", "longer than a hundred years");
+    ttl("\"99999999999999999999h\"", "too long");
+    ttl("\"forever\"", "write `forever` without quotes");
+    ttl("day", "takes a string literal");
+    assert_option(
+        "anchor = KEY, lease = \"0ms\"",
+        "\"0ms\"",
+        "`lease` must be greater than zero",
+    );
+    assert_option(
+        "anchor = KEY, lease = forever",
+        "forever",
+        "as in `lease = \"30s\"`",
+    );
+}
+
+#[test]
+fn formats_have_lengths() {
+    let format = |value: &str, underlined: &str, message: &str| {
+        assert_option(
+            &format!("anchor = KEY, format = {value}"),
+            underlined,
+            message,
+        );
+    };
+    format("uid", "uid", "did you mean `uuid`?");
+    format("uuid()", "uuid()", "takes no parentheses");
+    format("hex", "hex", "as in `hex(32)`");
+    format("hex(0)", "0", "at least 1");
+    format("hex(99999)", "99999", "from 1 to 65535");
+    format("text(5..=2)", "2", "at least 5 and at most 2");
+    format("text(0..=9)", "0", "an empty key is never allowed");
+    format("text(1..9)", "..", "write `1..=9`");
+    format("text(9)", "text(9)", "as in `text(1..=64)`");
+    format("\"uuid\"", "\"uuid\"", "expected `uuid`");
+}
+
+#[test]
+fn words_are_one_of_a_few() {
+    assert_option(
+        "anchor = KEY, record = sucess",
+        "sucess",
+        "expected `success`, `final` or `all`; did you mean `success`?",
+    );
+    assert_option(
+        "anchor = KEY, mode = \"off\"",
+        "\"off\"",
+        "write `off` without quotes",
+    );
+    assert_option("anchor = KEY, mode = 1", "1", "`mode` takes one word");
+    assert_option(
+        "anchor = KEY, store_outage = opn",
+        "opn",
+        "did you mean `open`?",
+    );
+    assert_option(
+        "anchor = KEY, engine = extensions",
+        "extensions",
+        "did you mean `extension`?",
+    );
+    assert_option(
+        "anchor = KEY, in_flight = rejct",
+        "rejct",
+        "did you mean `reject`?",
+    );
+    assert_option(
+        "anchor = KEY, on_unknown = retry",
+        "retry",
+        "expected `rerun`",
+    );
+    assert_option(
+        "anchor = KEY, refusals = \"x\"",
+        "\"x\"",
+        "the path of a value",
+    );
+}
+
+#[test]
+fn fingerprints_have_a_scheme() {
+    let fingerprint = |value: &str, underlined: &str, message: &str| {
+        assert_option(
+            &format!("anchor = KEY, fingerprint = {value}"),
+            underlined,
+            message,
+        );
+    };
+    fingerprint("jsn", "jsn", "did you mean `json`?");
+    fingerprint("header(\"a\")", "header", "headers are added to a scheme");
+    fingerprint("()", "()", "needs a scheme");
+    fingerprint(
+        "(json, body_field(\"a\"))",
+        "body_field(\"a\")",
+        "after the scheme come headers",
+    );
+    fingerprint(
+        "(json, header(\"A\"), header(\"a\"))",
+        "header(\"a\")",
+        "the same header twice",
+    );
+    fingerprint("body_field", "body_field", "needs parentheses");
+    fingerprint("exclude()", "exclude()", "names no field");
+    fingerprint("exclude(\"a\", \"a\")", "\"a\"", "the same field twice");
+    fingerprint("exclude(a)", "a", "takes string literals");
+    fingerprint("none()", "none()", "takes no parentheses");
+    fingerprint("\"json\"", "\"json\"", "write `json` without quotes");
+}
+
+#[test]
+fn options_do_not_contradict_each_other() {
+    assert_option(
+        "anchor = (KEY, header(\"a\")), format = uuid",
+        "format",
+        "this anchor has several",
+    );
+    assert_option(
+        "anchor = arg(body.a, body.b), format = uuid",
+        "format",
+        "this anchor has several",
+    );
+    assert_eq!(mistakes("anchor = arg(body.a), format = uuid", HANDLER), []);
+    assert_option(
+        "optional, anchor = arg(body.a)",
+        "optional",
+        "are always there",
+    );
+    assert_eq!(
+        mistakes("optional, anchor = (arg(body.a), KEY)", HANDLER),
+        []
+    );
+    assert_option(
+        "anchor = KEY, engine = extension, state = App",
+        "state",
+        "leave out one of them",
+    );
+}
+
+#[test]
+fn fields_need_a_body() {
+    let message = "`body_field(..)` needs a handler that takes the body: its last argument is not a body extractor (`Json<_>`, `Form<_>`, ...)";
+    let field = "anchor = body_field(\"a\")";
+    assert_one(
+        field,
+        "async fn f(State(s): State<S>) {}",
+        "body_field",
+        message,
+    );
+    assert_one(
+        field,
+        "async fn f(p: axum::extract::Path<S>) {}",
+        "body_field",
+        message,
+    );
+    assert_one(
+        field,
+        "async fn f() {}",
+        "body_field",
+        "this one takes no arguments",
+    );
+    assert_one(
+        "anchor = KEY, fingerprint = exclude(\"a\")",
+        "async fn f(h: HeaderMap) {}",
+        "exclude",
+        "`exclude(..)` needs",
+    );
+    assert_one(
+        "anchor = KEY, scope = body_field(\"a\")",
+        "async fn f(h: Method) {}",
+        "body_field",
+        message,
+    );
+    assert_one(
+        field,
+        "async fn f(m: Multipart) {}",
+        "body_field",
+        "multipart fields cannot be an anchor",
+    );
+    assert_eq!(mistakes(field, "async fn f(b: ValidJson<T>) {}"), []);
+}
+
+#[test]
+fn handlers_are_what_axum_calls() {
+    assert_handler(
+        "fn f(b: Json<B>) {}",
+        "fn",
+        "`#[idempotent]` handlers must be `async fn`",
+    );
+    assert_handler(
+        "async fn f(self, b: Json<B>) {}",
+        "self",
+        "cannot take `self`",
+    );
+    assert_handler(
+        "async fn f(&mut self) {}",
+        "self",
+        "take `State<_>` instead",
+    );
+    assert_handler("async unsafe fn f(b: Json<B>) {}", "unsafe", "`unsafe fn`");
+    assert_handler(
+        "async extern \"C\" fn f(b: Json<B>) {}",
+        "extern \"C\"",
+        "leave out `extern`",
+    );
+    assert_handler(
+        "async fn f<'a>(b: Json<B>) {}",
+        "'a",
+        "handlers cannot have lifetime parameters",
+    );
+    assert_handler(
+        "async fn f(b: Json<B<'_>>) {}",
+        "'_",
+        "handlers cannot have lifetime parameters",
+    );
+    assert_handler(
+        "async fn f(b: &str) {}",
+        "&str",
+        "handlers take owned extractors, not references",
+    );
+    assert_handler(
+        "async fn f(b: Json<&B>) {}",
+        "&B",
+        "handlers take owned extractors, not references",
+    );
+    assert_handler(
+        "async fn f(b: impl FromRequest<S>) {}",
+        "impl FromRequest<S>",
+        "`impl Trait` arguments are not supported: name the extractor's type",
+    );
+    assert_handler(
+        "async fn f(b: Json<B>, s: State<S>) {}",
+        "Json<B>",
+        "`Json` consumes the request body and must be the last argument",
+    );
+    assert_handler(
+        "async fn f(w: ws::WebSocketUpgrade) {}",
+        "ws::WebSocketUpgrade",
+        "a WebSocket upgrade cannot be recorded and replayed",
+    );
+    assert_handler(
+        "async fn f(#[serde] b: Json<B>) {}",
+        "#[serde]",
+        "only lint levels",
+    );
+    assert_handler(
+        "#[idem::idempotent(x)] async fn f(b: Json<B>) {}",
+        "#[idem::idempotent(x)]",
+        "given twice",
+    );
+    let many: String = (0..17).map(|n| format!("a{n}: A{n},")).collect();
+    assert_handler(
+        &format!("async fn f({many}) {{}}"),
+        "a16: A16",
+        "axum handlers take at most 16 extractors",
+    );
+    assert_handler(
+        "struct S;",
+        "struct",
+        "`#[idempotent]` goes on an axum handler (`async fn`): expected `fn`",
+    );
+    assert_handler("pub(crate) const X: u8 = 1;", "const", "expected `fn`");
+    assert_handler("impl S { async fn f() {} }", "impl", "expected `fn`");
+    for item in [
+        "async fn f(f: Extension<fn(&str) -> &str>, s: Json<&'static str>) {}",
+        "async fn f<const N: usize>(#[expect(unused)] b: Json<[u8; N]>) {}",
+    ] {
+        assert_eq!(mistakes("anchor = KEY", item), [], "{item}");
+    }
+}
+
+#[test]
+fn all_mistakes_are_reported_at_once() {
+    let args = "anchor = heder(\"x\"), tll = 1, ttl = \"24\", ttl = \"1h\", record = sucess lease = \"0s\", \
+                admit = x, format = hex(0), scope = (header(\"a b\"), path(\"\")), state = , engine = stat";
+    let item = "fn f(self, #[x] Json(b): Json<B>, x: &str) {}";
+    let places: Vec<String> = mistakes(args, item).into_iter().map(|(at, _)| at).collect();
+    let expected = [
+        "tll", "ttl", "lease", "admit", "state", "fn", "self", "#[x]", "Json<B>", "&str", "stat",
+        "heder", "\"a b\"", "\"\"", "\"0s\"", "\"24\"", "0", "sucess",
+    ];
+    assert_eq!(places, expected);
+}
+
+#[test]
+fn values_are_derived_for_structs_with_fields() {
+    for (item, message) in [
+        ("struct S;", "cannot tell two keys apart"),
+        ("struct S {}", "cannot tell two keys apart"),
+        ("enum E { A }", "derived for structs only"),
+        ("union U { a: u8 }", "derived for structs only"),
+        ("#[anchor(krate = x)] struct S(u8);", "expected `crate = "),
+        (
+            "#[anchor(crate = x, crate = y)] struct S(u8);",
+            "option `crate` given twice",
+        ),
+    ] {
+        let derived = derive::anchor_value(tokens(item)).to_string();
+        assert!(derived.contains("compile_error"), "{item}: {derived}");
+        assert!(derived.contains(message), "{item}: {derived}");
+    }
+}
