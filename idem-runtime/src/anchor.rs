@@ -768,6 +768,11 @@ macro_rules! by_reference {
 
 by_reference!(&T, Box<T>, Arc<T>, std::rc::Rc<T>);
 
+/// A mark in a type has no value.
+impl<T: ?Sized> AnchorValue for std::marker::PhantomData<T> {
+    fn write(&self, _: &mut Values) {}
+}
+
 impl<T: AnchorValue + ToOwned + ?Sized> AnchorValue for Cow<'_, T> {
     fn write(&self, values: &mut Values) {
         T::write(self, values);

@@ -26,6 +26,7 @@ use crate::{
 ///     .record(Recording::Final);
 /// ```
 #[derive(Clone, Copy, Debug)]
+#[must_use = "a policy does nothing until a handler has it"]
 pub struct Policy {
     pub(crate) anchor: Anchor,
     pub(crate) options: Options,
@@ -38,7 +39,6 @@ impl Policy {
     }
 
     /// Checks each value of the anchor and brings it into one canonical form.
-    #[must_use]
     pub const fn format(mut self, format: Format) -> Self {
         self.anchor.format = Some(format);
         self
@@ -121,14 +121,12 @@ macro_rules! shared_options {
         impl $type {
             /// How long a recorded answer is replayed, counted from when it was recorded. A replay
             /// does not extend it. Default: 24 hours.
-            #[must_use]
             pub $($constness)? fn ttl(mut self, ttl: Duration) -> Self {
                 self.options.ttl = Some(Ttl::For(ttl));
                 self
             }
 
             /// A recorded answer is replayed for ever.
-            #[must_use]
             pub $($constness)? fn forever(mut self) -> Self {
                 self.options.ttl = Some(Ttl::Forever);
                 self
@@ -136,35 +134,30 @@ macro_rules! shared_options {
 
             /// Within what a key is unique: handlers that name the same space share their keys.
             /// Default: each operation is a space of its own.
-            #[must_use]
             pub $($constness)? fn space(mut self, name: &'static str) -> Self {
                 self.options.space = Some(name);
                 self
             }
 
             /// Without a key the handler runs as plain axum. Default: such a request is refused.
-            #[must_use]
             pub $($constness)? fn optional(mut self) -> Self {
                 self.options.optional = Some(true);
                 self
             }
 
             /// What makes two requests the same. Default: query string and body, byte for byte.
-            #[must_use]
             pub $($constness)? fn fingerprint(mut self, scheme: FingerprintScheme) -> Self {
                 self.options.fingerprint = Some(scheme);
                 self
             }
 
             /// Which answers are recorded. Default: successes.
-            #[must_use]
             pub $($constness)? fn record(mut self, recording: Recording) -> Self {
                 self.options.record = Some(recording);
                 self
             }
 
             /// What becomes of a duplicate of a running request. Default: it is refused at once.
-            #[must_use]
             pub $($constness)? fn in_flight(mut self, in_flight: InFlight) -> Self {
                 self.options.in_flight = Some(in_flight);
                 self
@@ -173,14 +166,12 @@ macro_rules! shared_options {
             /// For how long a claim holds without being renewed: after a crash, the key is free
             /// again after this time. Running handlers renew it, so it bounds no handler. Default:
             /// 30 seconds.
-            #[must_use]
             pub $($constness)? fn lease(mut self, lease: Duration) -> Self {
                 self.options.lease = Some(lease);
                 self
             }
 
             /// Whether refusals and replays are carried out or only observed. Default: carried out.
-            #[must_use]
             pub $($constness)? fn mode(mut self, mode: Mode) -> Self {
                 self.options.mode = Some(mode);
                 self
@@ -188,7 +179,6 @@ macro_rules! shared_options {
 
             /// What becomes of a request while the store cannot be reached. Default: it is refused
             /// and does not run.
-            #[must_use]
             pub $($constness)? fn store_outage(mut self, outage: StoreOutage) -> Self {
                 self.options.store_outage = Some(outage);
                 self
@@ -205,21 +195,18 @@ shared_options! {
 
 impl Policy {
     /// Whose the key is. Default: the engine's scope.
-    #[must_use]
     pub const fn scope(mut self, scope: Scope) -> Self {
         self.options.scope = Some(scope);
         self
     }
 
     /// Gives refusals another shape. Default: the engine's.
-    #[must_use]
     pub const fn refusals(mut self, refusals: &'static dyn Refusals) -> Self {
         self.options.refusals = Some(refusals);
         self
     }
 
     #[doc(hidden)]
-    #[must_use]
     pub const fn on_unknown(mut self, on_unknown: OnUnknown) -> Self {
         self.options.on_unknown = Some(on_unknown);
         self

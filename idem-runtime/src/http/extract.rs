@@ -9,7 +9,7 @@ use axum::{
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{Extensions, StatusCode, request::Parts};
 
-use super::serve::{Arguments, Exchange, Opened, Ran, serve};
+use super::serve::{Arguments, Exchange, Opened, Ran, Unkeyed, serve};
 use crate::{engine::Idempotency, operation::Operation, policy::Policy};
 
 /// Where a handler finds its engine.
@@ -226,6 +226,7 @@ impl fmt::Debug for Parsed {
 /// # Errors
 ///
 /// The response to send instead, where the request is refused or the extractor turned it away.
+#[expect(clippy::result_large_err, reason = "generated code returns the error as the answer")]
 pub async fn parse<E, Source, R>(
     idem: Idem<E, Source>,
     policy: &'static Policy,
@@ -234,28 +235,28 @@ pub async fn parse<E, Source, R>(
         Waiting::Detached(extractor) => return Ok((ParsedCall(Parsed::Detached), extractor)),
         Waiting::Request(held) => *held,
     };
-    let (parsed, request) = opened(engine, policy, request).await.map_err(Guarded::Response)?;
-    let extractor = extract(request).await.map_err(Guarded::Response)?;
-    Ok((ParsedCall(parsed), extractor))
+    let (parsed, request) = match opened(engine, policy, request).await {
+        Opened::Keyed(mut exchange) => {
+            let request = exchange.request_for_extractor();
+            (Parsed::Keyed(exchange), request)
+        }
+        Opened::Unkeyed(Unkeyed::Plain(request)) => (Parsed::Plain, *request),
+        Opened::Unkeyed(Unkeyed::Refused(response)) => return Err(Guarded::Response(*response)),
+    };
+    match extract(request).await {
+        Ok(extractor) => Ok((ParsedCall(parsed), extractor)),
+        Err(rejection) => Err(Guarded::Response(rejection)),
+    }
 }
 
 fn opened(
     engine: Idempotency,
     policy: &'static Policy,
     request: Request,
-) -> BoxFuture<'static, Result<(Parsed, Request), Response>> {
+) -> BoxFuture<'static, Opened> {
     let shared = engine.shared;
     let policy = policy.resolve(&shared.options, shared.scope);
-    async move {
-        Ok(match Exchange::open(shared, policy, request).await? {
-            Opened::Plain(request) => (Parsed::Plain, request),
-            Opened::Keyed(mut exchange) => {
-                let request = exchange.request_for_extractor();
-                (Parsed::Keyed(exchange), request)
-            }
-        })
-    }
-    .boxed()
+    Exchange::open(shared, policy, request).boxed()
 }
 
 /// Runs a handler whose last extractor was run already.

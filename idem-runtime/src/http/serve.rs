@@ -78,9 +78,9 @@ pub(crate) fn serve(
     let policy = policy.resolve(&shared.options, shared.scope);
     async move {
         match Exchange::open(shared, policy, request).await {
-            Ok(Opened::Keyed(exchange)) => exchange.conduct(Arguments::new(), runner).await,
-            Ok(Opened::Plain(request)) => plain(request, runner).await,
-            Err(response) => response,
+            Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner).await,
+            Opened::Unkeyed(Unkeyed::Plain(request)) => plain(*request, runner).await,
+            Opened::Unkeyed(Unkeyed::Refused(response)) => *response,
         }
     }
     .boxed()
@@ -106,8 +106,16 @@ enum Content {
 pub(crate) enum Opened {
     /// It is to be protected.
     Keyed(Box<Exchange>),
+    /// It is not.
+    Unkeyed(Unkeyed),
+}
+
+/// What becomes of a request without a usable key.
+pub(crate) enum Unkeyed {
     /// It runs as plain axum.
-    Plain(Request),
+    Plain(Box<Request>),
+    /// It is answered already.
+    Refused(Box<Response>),
 }
 
 impl Exchange {
@@ -116,9 +124,9 @@ impl Exchange {
         shared: Arc<Shared>,
         policy: Resolved,
         request: Request,
-    ) -> Result<Opened, Response> {
+    ) -> Opened {
         if policy.mode == Mode::Off {
-            return Ok(Opened::Plain(request));
+            return Opened::Unkeyed(Unkeyed::Plain(Box::new(request)));
         }
         let (mut head, body) = request.into_parts();
         let (parameters, readable) = parameters(&mut head).await;
@@ -128,20 +136,20 @@ impl Exchange {
         if !readable {
             let refusal = Refusal::new(RefusalKind::KeyMalformed)
                 .with_detail("A parameter in the path is not UTF-8.");
-            return exchange.refused(refusal);
+            return Opened::Unkeyed(exchange.refused(refusal));
         }
         // A key in the head that is missing or malformed is found before a body is waited for.
         let in_head = !policy.anchor.needs_body() && !policy.anchor.needs_arguments();
         if in_head && let Err(error) = exchange.values(&mut std::iter::empty()) {
-            return exchange.without_key(&error);
+            return Opened::Unkeyed(exchange.without_key(&error));
         }
         let needs_body = policy.anchor.needs_body()
             || policy.scope.needs_body()
             || policy.fingerprint.needs_body();
         if needs_body && let Err(kind) = exchange.buffer().await {
-            return exchange.refused(Refusal::new(kind));
+            return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
         }
-        Ok(Opened::Keyed(Box::new(exchange)))
+        Opened::Keyed(Box::new(exchange))
     }
 
     async fn buffer(&mut self) -> Result<(), RefusalKind> {
@@ -199,20 +207,20 @@ impl Exchange {
     }
 
     /// A request without a usable key runs as plain axum where that is allowed.
-    fn without_key(self, error: &AnchorError) -> Result<Opened, Response> {
+    fn without_key(self, error: &AnchorError) -> Unkeyed {
         if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
             self.tell(Outcome::Unprotected, None);
-            return Ok(Opened::Plain(self.into_request()));
+            return Unkeyed::Plain(Box::new(self.into_request()));
         }
         self.refused(Refusal::of_key(error))
     }
 
     /// A refusal before any look-up; where idem only observes, the request runs all the same.
-    fn refused(self, refusal: Refusal) -> Result<Opened, Response> {
+    fn refused(self, refusal: Refusal) -> Unkeyed {
         self.tell(Outcome::Refused(refusal.kind()), None);
         match self.policy.mode {
-            Mode::Observe => Ok(Opened::Plain(self.into_request())),
-            Mode::Enforce | Mode::Off => Err(self.render(refusal)),
+            Mode::Observe => Unkeyed::Plain(Box::new(self.into_request())),
+            Mode::Enforce | Mode::Off => Unkeyed::Refused(Box::new(self.render(refusal))),
         }
     }
 
@@ -252,11 +260,8 @@ impl Exchange {
                     Unusable::Other(refusal) => self.refused(refusal),
                 };
                 return match opened {
-                    Ok(Opened::Plain(request)) => plain(request, runner).await,
-                    Ok(Opened::Keyed(exchange)) => {
-                        exchange.render(Refusal::new(RefusalKind::KeyMalformed))
-                    }
-                    Err(response) => response,
+                    Unkeyed::Plain(request) => plain(*request, runner).await,
+                    Unkeyed::Refused(response) => *response,
                 };
             }
         };
