@@ -229,10 +229,7 @@ pub(crate) fn not_yet(word: &Ident) -> Error {
 }
 
 fn no_value(key: &Ident) -> Error {
-    let example = OPTIONS
-        .iter()
-        .find(|(name, _)| key == name)
-        .map_or("", |(_, example)| example);
+    let example = OPTIONS.iter().find(|(name, _)| key == name).map_or("", |(_, example)| example);
     Error::new_spanned(key, format!("`{key}` needs a value, as in `{example}`"))
 }
 
@@ -298,11 +295,7 @@ impl Parse for Term {
             return Ok(Self::Arguments(word, all(&content)?));
         }
         let inside = all(&content)?;
-        Ok(Self::Call(Call {
-            word,
-            paren,
-            inside,
-        }))
+        Ok(Self::Call(Call { word, paren, inside }))
     }
 }
 
@@ -314,11 +307,7 @@ fn literal(input: ParseStream<'_>) -> Result<Term> {
     if !input.peek(Token![..]) {
         return Ok(Term::Literal(literal));
     }
-    Ok(Term::Range(Range {
-        start: start.clone(),
-        limits: input.parse()?,
-        end: input.parse()?,
-    }))
+    Ok(Term::Range(Range { start: start.clone(), limits: input.parse()?, end: input.parse()? }))
 }
 
 /// A comma-separated list that fills its parentheses.

@@ -148,31 +148,20 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
     let mut parts = Parts { fields, errors };
     let anchor = args.anchor.map(|said| parts.anchor(&said.value));
     let scope = args.scope.map(|said| parts.scope(&said.value));
-    let fingerprint = args
-        .fingerprint
-        .and_then(|said| parts.fingerprint(&said.value));
+    let fingerprint = args.fingerprint.and_then(|said| parts.fingerprint(&said.value));
     if let Some(anchor) = &anchor {
         contradictions(anchor, args.format.as_ref(), args.optional.as_ref(), errors);
     }
 
     let lease = read(args.lease, errors, |key, term| {
-        value::time(
-            key,
-            term,
-            "30s",
-            "a lease that ends at once lets every retry run",
-        )
+        value::time(key, term, "30s", "a lease that ends at once lets every retry run")
     });
     let ttl = read(args.ttl, errors, ttl);
     let space = read(args.space, errors, value::space);
     let format = read(args.format, errors, |_, term| value::format(term));
     let refusals = read(args.refusals, errors, value::any_path);
     let record = read(args.record, errors, |key, term| {
-        value::word(
-            key,
-            term,
-            &[("success", "Success"), ("final", "Final"), ("all", "All")],
-        )
+        value::word(key, term, &[("success", "Success"), ("final", "Final"), ("all", "All")])
     });
     let in_flight = read(args.in_flight, errors, |key, term| {
         supported(term, &["wait"])?;
@@ -183,15 +172,7 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
         value::word(key, term, &[("rerun", "Rerun")])
     });
     let mode = read(args.mode, errors, |key, term| {
-        value::word(
-            key,
-            term,
-            &[
-                ("enforce", "Enforce"),
-                ("observe", "Observe"),
-                ("off", "Off"),
-            ],
-        )
+        value::word(key, term, &[("enforce", "Enforce"), ("observe", "Observe"), ("off", "Off")])
     });
     let store_outage = read(args.store_outage, errors, |key, term| {
         value::word(key, term, &[("closed", "Closed"), ("open", "Open")])
@@ -231,13 +212,8 @@ fn ttl(key: &Ident, term: &Term) -> Result<Ttl> {
         Term::Literal(Lit::Str(text)) if text.value() == "forever" => {
             value::error(text, "write `forever` without quotes")
         }
-        _ => value::time(
-            key,
-            term,
-            "24h",
-            "a record that expires at once protects nothing",
-        )
-        .map(Ttl::For),
+        _ => value::time(key, term, "24h", "a record that expires at once protects nothing")
+            .map(Ttl::For),
     }
 }
 

@@ -41,10 +41,7 @@ fn implementation(input: &DeriveInput) -> Result<TokenStream> {
 
 fn krate(attributes: &[Attribute]) -> Result<Path> {
     let mut krate = None;
-    for attribute in attributes
-        .iter()
-        .filter(|attribute| attribute.path().is_ident("anchor"))
-    {
+    for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("anchor")) {
         attribute.parse_nested_meta(|meta| {
             if !meta.path.is_ident("crate") {
                 return Err(meta.error("expected `crate = path::to::idem_runtime`"));
@@ -95,9 +92,7 @@ fn bound(generics: &mut Generics, fields: &Fields, krate: &Path) {
     }
     for parameter in generics.type_params_mut() {
         if held.0.contains(&parameter.ident) {
-            parameter
-                .bounds
-                .push(syn::parse_quote!(#krate::AnchorValue));
+            parameter.bounds.push(syn::parse_quote!(#krate::AnchorValue));
         }
     }
 }
@@ -107,16 +102,10 @@ struct Held(Vec<Ident>);
 
 impl Visit<'_> for Held {
     fn visit_type_path(&mut self, ty: &TypePath) {
-        if ty
-            .path
-            .segments
-            .last()
-            .is_some_and(|last| last.ident == "PhantomData")
-        {
+        if ty.path.segments.last().is_some_and(|last| last.ident == "PhantomData") {
             return;
         }
-        self.0
-            .extend(ty.path.segments.first().map(|first| first.ident.clone()));
+        self.0.extend(ty.path.segments.first().map(|first| first.ident.clone()));
         visit::visit_type_path(self, ty);
     }
 }

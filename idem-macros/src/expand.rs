@@ -52,10 +52,8 @@ fn at_end(tokens: impl ToTokens) -> Span {
 /// run or was no macro.
 pub(crate) fn after_other_macros(checked: &Checked, args: &TokenStream) -> Option<TokenStream> {
     let handler = &checked.handler;
-    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) = handler
-        .attributes
-        .iter()
-        .partition(|attribute| handler.runs_first(attribute));
+    let (first, below): (Vec<&Attribute>, Vec<&Attribute>) =
+        handler.attributes.iter().partition(|attribute| handler.runs_first(attribute));
     if first.is_empty() || checked.others_have_run {
         return None;
     }
@@ -99,11 +97,7 @@ pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let probe = function.streaming_probe();
     let run = function.run();
 
-    let CheckedHandler {
-        attributes,
-        visibility,
-        ..
-    } = &checked.handler;
+    let CheckedHandler { attributes, visibility, .. } = &checked.handler;
     quote_spanned! {here=>
         #(#attributes)*
         #visibility #signature {
@@ -137,25 +131,12 @@ impl<'a> Function<'a> {
             None => syn::parse_quote!(()),
         };
         let (Returns::Named(returns) | Returns::Opaque(returns)) = &handler.returns;
-        Self {
-            checked,
-            handler,
-            private,
-            names,
-            last_type,
-            returns,
-        }
+        Self { checked, handler, private, names, last_type, returns }
     }
 
     fn signature(&self) -> TokenStream {
         let here = Span::mixed_site();
-        let Self {
-            private: p,
-            names,
-            last_type,
-            returns,
-            ..
-        } = self;
+        let Self { private: p, names, last_type, returns, .. } = self;
         let types = self.handler.earlier.iter().map(|extractor| &extractor.ty);
         let source = match self.checked.engine {
             Engine::State => quote_spanned!(here=> #p::EngineInRouterState),
@@ -180,10 +161,7 @@ impl<'a> Function<'a> {
         // by a build; but only the latter may depend on the type parameters.
         let parameters = &self.handler.signature.generics.params;
         let generic = mentions(&value, "Self")
-            || parameters
-                .iter()
-                .filter_map(name_of)
-                .any(|name| mentions(&value, &name));
+            || parameters.iter().filter_map(name_of).any(|name| mentions(&value, &name));
         if generic {
             return quote_spanned!(here=> let __policy: &'static #p::Policy = &const { #value };);
         }
@@ -238,11 +216,7 @@ impl<'a> Function<'a> {
 
     fn run(&self) -> TokenStream {
         let here = Span::mixed_site();
-        let Self {
-            private: p,
-            last_type,
-            ..
-        } = self;
+        let Self { private: p, last_type, .. } = self;
         let body = self.body();
         // Located at the name, where rustc says why a future is not `Send`.
         let name = at(&self.handler.signature.ident);
@@ -272,9 +246,7 @@ impl<'a> Function<'a> {
         let here = Span::mixed_site();
         let p = self.private;
         let last = Ident::new("__last", here);
-        let patterns = self
-            .extractors()
-            .map(|extractor| by_reference(&extractor.pattern));
+        let patterns = self.extractors().map(|extractor| by_reference(&extractor.pattern));
         let values = self.names.iter().chain([&last]);
         let pushes = expressions.iter().map(|expression| {
             let mut borrowed = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
@@ -394,9 +366,7 @@ fn outlive_the_request(generics: &mut Generics) {
             let name = &parameter.ident;
             predicates.push(syn::parse_quote_spanned!(here=> #name: 'static));
         } else {
-            parameter
-                .bounds
-                .push(syn::parse_quote_spanned!(here=> 'static));
+            parameter.bounds.push(syn::parse_quote_spanned!(here=> 'static));
         }
     }
     if !predicates.is_empty() {
@@ -407,11 +377,7 @@ fn outlive_the_request(generics: &mut Generics) {
 
 /// One `let` for each argument, so that rustc can point at its pattern.
 fn binding((index, extractor): (usize, &Extractor)) -> Option<TokenStream> {
-    let Extractor {
-        attributes,
-        pattern,
-        ..
-    } = extractor;
+    let Extractor { attributes, pattern, .. } = extractor;
     // It would bind nothing, and several lints ask for a reason.
     if matches!(pattern, Pat::Wild(_)) {
         return None;

@@ -55,29 +55,18 @@ fn read(input: ParseStream<'_>) -> Result<Handler> {
             block
         }
     };
-    Ok(Handler {
-        attributes,
-        visibility,
-        signature,
-        body: body.into(),
-        undecorated,
-    })
+    Ok(Handler { attributes, visibility, signature, body: body.into(), undecorated })
 }
 
 fn outer(inner: Attribute) -> Attribute {
-    Attribute {
-        style: AttrStyle::Outer,
-        ..inner
-    }
+    Attribute { style: AttrStyle::Outer, ..inner }
 }
 
 fn function_follows(input: ParseStream<'_>) -> bool {
     let ahead = input.fork();
     while !ahead.peek(Token![fn]) {
         let qualifier = ahead.call(Ident::parse_any).is_ok_and(|word| {
-            ["const", "async", "safe", "unsafe", "extern"]
-                .iter()
-                .any(|qualifier| word == qualifier)
+            ["const", "async", "safe", "unsafe", "extern"].iter().any(|qualifier| word == qualifier)
         });
         let abi = ahead.parse::<Option<syn::LitStr>>();
         if !qualifier || abi.is_err() {

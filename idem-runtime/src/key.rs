@@ -396,14 +396,18 @@ fn preimage(space: Space<'_>, scope: &Values, values: &Values) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    /// Scheme, then space, scope and values.
+    type Decoded = (Vec<u8>, [Parts; 3]);
+    type Parts = Vec<Vec<u8>>;
+
     /// The inverse of [`preimage`]: that it exists is what makes a key unambiguous.
-    fn decode(mut bytes: &[u8]) -> Option<(Vec<u8>, [Vec<Vec<u8>>; 3])> {
+    fn decode(mut bytes: &[u8]) -> Option<Decoded> {
         let scheme = take_bytes(&mut bytes)?.to_vec();
         let lists = [take_list(&mut bytes)?, take_list(&mut bytes)?, take_list(&mut bytes)?];
         bytes.is_empty().then_some((scheme, lists))
     }
 
-    fn take_list(rest: &mut &[u8]) -> Option<Vec<Vec<u8>>> {
+    fn take_list(rest: &mut &[u8]) -> Option<Parts> {
         let (count, after) = rest.split_first_chunk::<4>()?;
         *rest = after;
         (0..u32::from_be_bytes(*count)).map(|_| take_bytes(rest).map(<[u8]>::to_vec)).collect()
@@ -416,7 +420,7 @@ mod tests {
     }
 
     /// Parts that are often empty, often alike, and full of what a separator might be.
-    fn random_parts() -> Vec<Vec<u8>> {
+    fn random_parts() -> Parts {
         const ALPHABET: &[u8] = b"ab\0:/|\x01\xff,\"\\";
         (0..rand::random::<u8>() % 5)
             .map(|_| {

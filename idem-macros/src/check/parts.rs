@@ -54,8 +54,7 @@ impl Parts<'_> {
     fn collect(&mut self, role: &Role, term: &Term, parts: &mut Vec<Part>) {
         match term {
             Term::Tuple(_, terms) if terms.is_empty() => {
-                self.errors
-                    .at(term, format!("`{}` needs at least one part", role.option));
+                self.errors.at(term, format!("`{}` needs at least one part", role.option));
             }
             Term::Tuple(_, terms) => {
                 for term in terms {
@@ -81,12 +80,8 @@ impl Parts<'_> {
     }
 
     fn add(&mut self, at: impl ToTokens, part: Part, parts: &mut Vec<Part>) {
-        if parts
-            .iter()
-            .any(|other| other.identity() == part.identity())
-        {
-            self.errors
-                .at(at, "the same part twice: it adds nothing to the key");
+        if parts.iter().any(|other| other.identity() == part.identity()) {
+            self.errors.at(at, "the same part twice: it adds nothing to the key");
         } else {
             parts.push(part);
         }
@@ -96,12 +91,7 @@ impl Parts<'_> {
         if let Some(path) = value::constant(term) {
             return Ok(Part::Constant(path));
         }
-        let Role {
-            option,
-            words,
-            expected,
-            example,
-        } = role;
+        let Role { option, words, expected, example } = role;
         match term {
             Term::Call(call) => self.request_part(role, call),
             Term::Word(word) if word == "global" && words.contains(&"global") => error(
@@ -154,17 +144,9 @@ impl Parts<'_> {
             }
             "global" => return error(call, "`global` takes no parentheses"),
             wrong => {
-                let Role {
-                    option,
-                    words,
-                    expected,
-                    ..
-                } = role;
+                let Role { option, words, expected, .. } = role;
                 let hint = did_you_mean(wrong, words);
-                return error(
-                    word,
-                    format!("unknown {option} `{wrong}(..)`: {expected}{hint}"),
-                );
+                return error(word, format!("unknown {option} `{wrong}(..)`: {expected}{hint}"));
             }
         };
         Ok(part(name.clone()))
@@ -241,10 +223,7 @@ impl Parts<'_> {
             ),
             (wrong, _) => {
                 let hint = did_you_mean(wrong, &WORDS);
-                error(
-                    word,
-                    format!("unknown fingerprint `{wrong}`: {EXPECTED}{hint}"),
-                )
+                error(word, format!("unknown fingerprint `{wrong}`: {EXPECTED}{hint}"))
             }
         }
     }
@@ -264,9 +243,7 @@ impl Parts<'_> {
 }
 
 fn has(literals: &[LitStr], wanted: &LitStr) -> bool {
-    literals
-        .iter()
-        .any(|literal| literal.value() == wanted.value())
+    literals.iter().any(|literal| literal.value() == wanted.value())
 }
 
 fn fingerprint_header(term: &Term) -> Result<LitStr> {
@@ -276,10 +253,7 @@ fn fingerprint_header(term: &Term) -> Result<LitStr> {
             value::header_name(name)?;
             Ok(LitStr::new(&name.value().to_ascii_lowercase(), name.span()))
         }
-        _ => error(
-            term,
-            "after the scheme come headers, as in `(request, header(\"X-Version\"))`",
-        ),
+        _ => error(term, "after the scheme come headers, as in `(request, header(\"X-Version\"))`"),
     }
 }
 

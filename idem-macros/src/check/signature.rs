@@ -42,16 +42,8 @@ pub(crate) enum Returns {
 /// axum implements `Handler` for functions of up to so many arguments.
 const MOST_ARGUMENTS: usize = 16;
 
-const TAKES_THE_BODY: [&str; 8] = [
-    "Body",
-    "Bytes",
-    "Form",
-    "Json",
-    "Multipart",
-    "RawForm",
-    "Request",
-    "String",
-];
+const TAKES_THE_BODY: [&str; 8] =
+    ["Body", "Bytes", "Form", "Json", "Multipart", "RawForm", "Request", "String"];
 
 const LEAVES_THE_BODY: [&str; 14] = [
     "ConnectInfo",
@@ -71,13 +63,7 @@ const LEAVES_THE_BODY: [&str; 14] = [
 ];
 
 pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
-    let Handler {
-        attributes,
-        visibility,
-        mut signature,
-        body,
-        undecorated,
-    } = handler;
+    let Handler { attributes, visibility, mut signature, body, undecorated } = handler;
 
     for attribute in &attributes {
         if handler::kind(attribute.path()) == Kind::Idempotent {
@@ -93,10 +79,7 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
 
     let inputs = std::mem::take(&mut signature.inputs);
     if let Some(seventeenth) = inputs.iter().nth(MOST_ARGUMENTS) {
-        errors.at(
-            seventeenth,
-            format!("axum handlers take at most {MOST_ARGUMENTS} extractors"),
-        );
+        errors.at(seventeenth, format!("axum handlers take at most {MOST_ARGUMENTS} extractors"));
     }
     let count = inputs.len();
     let mut earlier = Vec::with_capacity(count);
@@ -118,50 +101,25 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
         ReturnType::Type(_, ty) if says_impl(&ty) => Returns::Opaque(*ty),
         ReturnType::Type(_, ty) => Returns::Named(*ty),
     };
-    Checked {
-        attributes,
-        visibility,
-        signature,
-        earlier,
-        last,
-        returns,
-        body,
-        undecorated,
-    }
+    Checked { attributes, visibility, signature, earlier, last, returns, body, undecorated }
 }
 
 fn qualifiers(signature: &Signature, errors: &mut Errors) {
     if signature.asyncness.is_none() {
-        errors.at(
-            signature.fn_token,
-            "`#[idempotent]` handlers must be `async fn`",
-        );
+        errors.at(signature.fn_token, "`#[idempotent]` handlers must be `async fn`");
     }
     if let Safety::Unsafe(word) = &signature.safety {
-        errors.at(
-            word,
-            "axum cannot call an `unsafe fn`: keep the unsafe block inside the handler",
-        );
+        errors
+            .at(word, "axum cannot call an `unsafe fn`: keep the unsafe block inside the handler");
     }
     if let Some(abi) = &signature.abi {
-        errors.at(
-            abi,
-            "axum calls handlers by Rust's own ABI: leave out `extern`",
-        );
+        errors.at(abi, "axum calls handlers by Rust's own ABI: leave out `extern`");
     }
 }
 
 fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor {
-    let PatType {
-        attrs: attributes,
-        pat,
-        ty,
-        ..
-    } = argument;
-    for attribute in attributes
-        .iter()
-        .filter(|attribute| !handler::sets_lint_level(attribute))
-    {
+    let PatType { attrs: attributes, pat, ty, .. } = argument;
+    for attribute in attributes.iter().filter(|attribute| !handler::sets_lint_level(attribute)) {
         errors.at(
             attribute,
             "attributes on an argument get lost when it is wrapped: only lint levels, such as `#[allow(..)]`, may stand here",
@@ -179,11 +137,7 @@ fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor
             );
         }
     }
-    Extractor {
-        attributes,
-        pattern: *pat,
-        ty: *ty,
-    }
+    Extractor { attributes, pattern: *pat, ty: *ty }
 }
 
 /// Reports what keeps a type from being named, owned and `'static`.
@@ -193,28 +147,19 @@ struct TypeOfArgument<'a> {
 
 impl Visit<'_> for TypeOfArgument<'_> {
     fn visit_type_impl_trait(&mut self, ty: &TypeImplTrait) {
-        self.errors.at(
-            ty,
-            "`impl Trait` arguments are not supported: name the extractor's type",
-        );
+        self.errors.at(ty, "`impl Trait` arguments are not supported: name the extractor's type");
     }
 
     fn visit_type_reference(&mut self, ty: &TypeReference) {
-        if ty
-            .lifetime
-            .as_ref()
-            .is_some_and(|lifetime| lifetime.ident == "static")
-        {
+        if ty.lifetime.as_ref().is_some_and(|lifetime| lifetime.ident == "static") {
             return visit::visit_type_reference(self, ty);
         }
-        self.errors
-            .at(ty, "handlers take owned extractors, not references");
+        self.errors.at(ty, "handlers take owned extractors, not references");
     }
 
     fn visit_lifetime(&mut self, lifetime: &Lifetime) {
         if lifetime.ident == "_" {
-            self.errors
-                .at(lifetime, "handlers cannot have lifetime parameters");
+            self.errors.at(lifetime, "handlers cannot have lifetime parameters");
         }
     }
 

@@ -50,11 +50,7 @@ pub(crate) fn any_path(key: &Ident, term: &Term) -> Result<ExprPath> {
 }
 
 fn path_of(word: &Ident) -> ExprPath {
-    ExprPath {
-        attrs: Vec::new(),
-        qself: None,
-        path: word.clone().into(),
-    }
+    ExprPath { attrs: Vec::new(), qself: None, path: word.clone().into() }
 }
 
 /// One of the option's words.
@@ -67,10 +63,7 @@ pub(crate) fn word<T: Copy>(key: &Ident, term: &Term, words: &[(&str, T)]) -> Re
             Some((_, value)) => Ok(*value),
             None => {
                 let hint = did_you_mean(&word.to_string(), &names);
-                error(
-                    word,
-                    format!("`{key} = {word}` is not known: expected {expected}{hint}"),
-                )
+                error(word, format!("`{key} = {word}` is not known: expected {expected}{hint}"))
             }
         },
         Term::Literal(Lit::Str(text)) if found(&text.value()).is_some() => {
@@ -116,11 +109,7 @@ pub(crate) fn header_name(text: &LitStr) -> Result<()> {
     let name = text.value();
     let allowed = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
     let Some(wrong) = name.chars().find(|c| !allowed(*c)) else {
-        return if name.is_empty() {
-            error(text, "a header name cannot be empty")
-        } else {
-            Ok(())
-        };
+        return if name.is_empty() { error(text, "a header name cannot be empty") } else { Ok(()) };
     };
     let better: String = name
         .trim()
@@ -133,10 +122,7 @@ pub(crate) fn header_name(text: &LitStr) -> Result<()> {
     } else {
         String::new()
     };
-    error(
-        text,
-        format!("`{name}` is not a valid header name: {wrong:?} is not allowed{hint}"),
-    )
+    error(text, format!("`{name}` is not a valid header name: {wrong:?} is not allowed{hint}"))
 }
 
 /// `a.b` or, where a name has a dot or is empty, the JSON Pointer `/a.b`.
@@ -194,19 +180,12 @@ pub(crate) fn space(key: &Ident, term: &Term) -> Result<Text> {
         return Ok(Text::Constant(path));
     }
     match term {
-        Term::Literal(Lit::Str(text)) if text.value().is_empty() => error(
-            text,
-            "a space needs a name: handlers that say the same name share their keys",
-        ),
+        Term::Literal(Lit::Str(text)) if text.value().is_empty() => {
+            error(text, "a space needs a name: handlers that say the same name share their keys")
+        }
         Term::Literal(Lit::Str(text)) => Ok(Text::Literal(text.clone())),
-        Term::Word(word) => error(
-            word,
-            format!("write the name in quotes: `{key} = \"{word}\"`"),
-        ),
-        _ => error(
-            term,
-            format!("`{key}` takes a string literal, as in `{key} = \"payments\"`"),
-        ),
+        Term::Word(word) => error(word, format!("write the name in quotes: `{key} = \"{word}\"`")),
+        _ => error(term, format!("`{key}` takes a string literal, as in `{key} = \"payments\"`")),
     }
 }
 
@@ -227,10 +206,7 @@ pub(crate) fn format(term: &Term) -> Result<Format> {
         ("text", Some(call)) => text(call),
         ("uuid", Some(_)) => error(term, "`uuid` takes no parentheses"),
         ("hex", None) => error(term, "`hex` takes the number of digits, as in `hex(32)`"),
-        ("text", None) => error(
-            term,
-            "`text` takes the allowed lengths, as in `text(1..=64)`",
-        ),
+        ("text", None) => error(term, "`text` takes the allowed lengths, as in `text(1..=64)`"),
         (wrong, _) => {
             let hint = did_you_mean(wrong, &NAMES);
             error(term, format!("unknown format `{wrong}`: {EXPECTED}{hint}"))
@@ -240,57 +216,36 @@ pub(crate) fn format(term: &Term) -> Result<Format> {
 
 fn hex(call: &Call) -> Result<Format> {
     let [Term::Literal(Lit::Int(digits))] = &call.inside[..] else {
-        return error(
-            call,
-            "`hex(..)` takes the number of digits, as in `hex(32)`",
-        );
+        return error(call, "`hex(..)` takes the number of digits, as in `hex(32)`");
     };
     match length(digits)? {
-        0 => error(
-            digits,
-            "a key of no digits is no key: `hex(..)` takes at least 1",
-        ),
+        0 => error(digits, "a key of no digits is no key: `hex(..)` takes at least 1"),
         digits => Ok(Format::Hex(digits)),
     }
 }
 
 fn text(call: &Call) -> Result<Format> {
     let [Term::Range(range)] = &call.inside[..] else {
-        return error(
-            call,
-            "`text(..)` takes the allowed lengths, as in `text(1..=64)`",
-        );
+        return error(call, "`text(..)` takes the allowed lengths, as in `text(1..=64)`");
     };
     let (start, end) = (&range.start, &range.end);
     if let RangeLimits::HalfOpen(dots) = &range.limits {
-        return error(
-            dots,
-            format!("both ends are included: write `{start}..={end}`"),
-        );
+        return error(dots, format!("both ends are included: write `{start}..={end}`"));
     }
     let (min, max) = (length(start)?, length(end)?);
     if min == 0 {
-        return error(
-            start,
-            "an empty key is never allowed: the shortest length is at least 1",
-        );
+        return error(start, "an empty key is never allowed: the shortest length is at least 1");
     }
     if min > max {
-        return error(
-            end,
-            format!("no key is at least {min} and at most {max} characters long"),
-        );
+        return error(end, format!("no key is at least {min} and at most {max} characters long"));
     }
     Ok(Format::Text { min, max })
 }
 
 fn length(literal: &LitInt) -> Result<u16> {
-    literal.base10_parse().or_else(|_| {
-        error(
-            literal,
-            format!("a length is a number from 1 to {}", u16::MAX),
-        )
-    })
+    literal
+        .base10_parse()
+        .or_else(|_| error(literal, format!("a length is a number from 1 to {}", u16::MAX)))
 }
 
 /// A positive duration. `zero` says why none at all makes no sense here.
@@ -306,10 +261,7 @@ pub(crate) fn time(key: &Ident, term: &Term, example: &str, zero: &str) -> Resul
     };
     match millis(&literal.value(), example) {
         Err(message) => error(literal, message),
-        Ok(0) => error(
-            literal,
-            format!("`{key}` must be greater than zero: {zero}"),
-        ),
+        Ok(0) => error(literal, format!("`{key}` must be greater than zero: {zero}")),
         Ok(millis) if millis > CENTURY => {
             error(literal, format!("`{key}` is longer than a hundred years"))
         }
@@ -324,17 +276,10 @@ const UNITS: &str = "expected `ms`, `s`, `m`, `h` or `d`";
 fn millis(text: &str, example: &str) -> std::result::Result<u64, String> {
     use humantime::DurationError;
 
-    if let Some(unit) = text
-        .split(|c: char| !c.is_alphabetic())
-        .find(|unit| calendar(unit))
-    {
+    if let Some(unit) = text.split(|c: char| !c.is_alphabetic()).find(|unit| calendar(unit)) {
         return Err(format!(
             "a {} has no fixed length: write `{text}` in days, as in `\"30d\"`",
-            if unit.starts_with(['m', 'M']) {
-                "month"
-            } else {
-                "year"
-            },
+            if unit.starts_with(['m', 'M']) { "month" } else { "year" },
         ));
     }
     let duration = humantime::parse_duration(text).map_err(|error| match error {
@@ -369,8 +314,6 @@ fn unit_like(unit: &str) -> Option<&'static str> {
         Some("minutes") => Some("m"),
         Some("hours") => Some("h"),
         Some("days") => Some("d"),
-        _ => ["s", "m", "h", "d"]
-            .into_iter()
-            .find(|short| unit.to_lowercase().starts_with(short)),
+        _ => ["s", "m", "h", "d"].into_iter().find(|short| unit.to_lowercase().starts_with(short)),
     }
 }

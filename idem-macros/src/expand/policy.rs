@@ -25,18 +25,13 @@ pub(crate) fn tokens(policy: &Policy, p: &TokenStream) -> TokenStream {
     });
     let format = policy.format.as_ref().map(|format| self::format(format, p));
     let optional = policy.optional.then(|| quote_spanned!(here=> .optional()));
-    let fingerprint = policy
-        .fingerprint
-        .as_ref()
-        .map(|fingerprint| self::fingerprint(fingerprint, p));
+    let fingerprint =
+        policy.fingerprint.as_ref().map(|fingerprint| self::fingerprint(fingerprint, p));
     let lease = policy.lease.as_ref().map(|lease| {
         let lease = duration(lease);
         quote_spanned!(here=> .lease(#lease))
     });
-    let refusals = policy
-        .refusals
-        .as_ref()
-        .map(|path| quote_spanned!(here=> .refusals(&#path)));
+    let refusals = policy.refusals.as_ref().map(|path| quote_spanned!(here=> .refusals(&#path)));
     let choices = [
         ("record", "Recording", policy.record),
         ("in_flight", "InFlight", policy.in_flight),
@@ -94,7 +89,7 @@ fn format(format: &Format, p: &TokenStream) -> TokenStream {
         }
         Format::Text { min, max } => {
             let (min, max) = (number((*min).into()), number((*max).into()));
-            quote_spanned!(here=> #p::Format::text(#min, #max))
+            quote_spanned!(here=> #p::Format::text(#min ..= #max))
         }
         Format::Constant(path) => constant(path),
     };

@@ -4,10 +4,7 @@ use crate::derive;
 /// Compares with the file of that name; `UPDATE_EXPANSIONS=1` writes it.
 #[track_caller]
 fn assert_expands(name: &str, expansion: proc_macro2::TokenStream) {
-    let path = format!(
-        "{}/src/tests/expansions/{name}.rs",
-        env!("CARGO_MANIFEST_DIR")
-    );
+    let path = format!("{}/src/tests/expansions/{name}.rs", env!("CARGO_MANIFEST_DIR"));
     let actual = pretty(expansion);
     if std::env::var_os("UPDATE_EXPANSIONS").is_some() {
         std::fs::write(&path, &actual).unwrap();
@@ -139,10 +136,7 @@ fn without_a_crate_path_ours_is_absolute() {
     let expansion = expand(r#"anchor = header("x")"#, ORDINARY).to_string();
     let named = expansion.matches("idem_runtime").count();
     assert_ne!(named, 0);
-    assert_eq!(
-        named,
-        expansion.matches(":: idem_runtime :: __private").count()
-    );
+    assert_eq!(named, expansion.matches(":: idem_runtime :: __private").count());
 }
 
 #[test]
@@ -151,10 +145,7 @@ fn names_of_the_users_are_only_names() {
     let item = "async fn run(__args: A, __policy: B, (__last, Some): (C, D), Json(r#type): Json<E>) -> Result { __idem(__policy) }";
     let expansion = pretty(expand(args, item));
     assert!(!expansion.contains("compile_error"), "{expansion}");
-    assert!(
-        expansion.contains("::core::result::Result::Ok"),
-        "{expansion}"
-    );
+    assert!(expansion.contains("::core::result::Result::Ok"), "{expansion}");
     assert!(!expansion.contains(" Ok("), "{expansion}");
 }
 
@@ -172,11 +163,7 @@ fn every_option_is_known() {
         "anchor = <K as Key>::KEY",
         r#"anchor = (KEY, header("x"),)"#,
     ] {
-        assert_eq!(
-            super::mistakes(said, "async fn f(b: Json<B>) {}"),
-            [],
-            "{said}"
-        );
+        assert_eq!(super::mistakes(said, "async fn f(b: Json<B>) {}"), [], "{said}");
     }
     for said in [
         r#"ttl = "24h""#,
@@ -226,11 +213,7 @@ fn every_option_is_known() {
         "crate = crate::a",
     ] {
         let args = format!("anchor = header(\"Idempotency-Key\"), {said}");
-        assert_eq!(
-            super::mistakes(&args, "async fn f(b: Json<B>) {}"),
-            [],
-            "{said}"
-        );
+        assert_eq!(super::mistakes(&args, "async fn f(b: Json<B>) {}"), [], "{said}");
     }
 }
 
@@ -240,10 +223,7 @@ fn a_body_that_is_being_typed_is_none_of_our_business() {
     let item = format!("{item} }}");
     assert_eq!(super::mistakes("anchor = KEY", &item), []);
     let expansion = expand("anchor = KEY", &item).to_string();
-    assert!(
-        expansion.contains("b . ; let = ; if { match }"),
-        "{expansion}"
-    );
+    assert!(expansion.contains("b . ; let = ; if { match }"), "{expansion}");
 }
 
 #[test]
@@ -258,9 +238,6 @@ fn a_mistake_gives_the_item_back_as_it_was() {
         let errors = expansion
             .strip_prefix(&tokens(item).to_string())
             .unwrap_or_else(|| panic!("the item changed: {expansion}"));
-        assert!(
-            errors.trim().starts_with(":: core :: compile_error !"),
-            "{errors}"
-        );
+        assert!(errors.trim().starts_with(":: core :: compile_error !"), "{errors}");
     }
 }

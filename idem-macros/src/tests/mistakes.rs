@@ -22,10 +22,7 @@ fn assert_one(args: &str, item: &str, underlined: &str, message: &str) {
         panic!("expected one mistake in `{args}` on `{item}`: {found:#?}");
     };
     assert_eq!(at, underlined, "{said}");
-    assert!(
-        said.contains(message),
-        "{args}\n  says: {said}\n  expected: {message}"
-    );
+    assert!(said.contains(message), "{args}\n  says: {said}\n  expected: {message}");
 }
 
 #[test]
@@ -35,57 +32,21 @@ fn options_are_known_and_given_once() {
         "tll",
         "unknown option `tll`; did you mean `ttl`?\nknown options: `anchor`, `ttl`,",
     );
-    assert_option(
-        "anchor = KEY, zzzzz",
-        "zzzzz",
-        "unknown option `zzzzz`\nknown options: ",
-    );
+    assert_option("anchor = KEY, zzzzz", "zzzzz", "unknown option `zzzzz`\nknown options: ");
     assert_option("anchor = KEY, Mode = off", "Mode", "did you mean `mode`?");
-    assert_option(
-        "ttl = TTL, anchor = KEY, ttl = \"1h\"",
-        "ttl",
-        "option `ttl` given twice",
-    );
-    assert_option(
-        "optional, anchor = KEY, optional",
-        "optional",
-        "option `optional` given twice",
-    );
-    assert_option(
-        "anchor = KEY ttl = TTL",
-        "ttl",
-        "expected `,` between options",
-    );
-    assert_option(
-        "anchor = KEY; ttl = TTL",
-        ";",
-        "expected `,` between options",
-    );
-    assert_option(
-        "anchor = KEY,, ttl = TTL",
-        ",",
-        "expected the name of an option",
-    );
-    assert_option(
-        "anchor = KEY, optional = true",
-        "optional",
-        "write just `optional`",
-    );
-    assert_option(
-        "anchor = KEY, ttl",
-        "ttl",
-        "`ttl` needs a value, as in `ttl = \"24h\"`",
-    );
+    assert_option("ttl = TTL, anchor = KEY, ttl = \"1h\"", "ttl", "option `ttl` given twice");
+    assert_option("optional, anchor = KEY, optional", "optional", "option `optional` given twice");
+    assert_option("anchor = KEY ttl = TTL", "ttl", "expected `,` between options");
+    assert_option("anchor = KEY; ttl = TTL", ";", "expected `,` between options");
+    assert_option("anchor = KEY,, ttl = TTL", ",", "expected the name of an option");
+    assert_option("anchor = KEY, optional = true", "optional", "write just `optional`");
+    assert_option("anchor = KEY, ttl", "ttl", "`ttl` needs a value, as in `ttl = \"24h\"`");
     assert_option(
         "anchor = , ttl = TTL",
         "anchor",
         "`anchor` needs a value, as in `anchor = header(\"Idempotency-Key\")`",
     );
-    assert_option(
-        "anchor = KEY, crate = \"foo\"",
-        "\"foo\"",
-        "expected identifier",
-    );
+    assert_option("anchor = KEY, crate = \"foo\"", "\"foo\"", "expected identifier");
 }
 
 #[test]
@@ -96,16 +57,8 @@ fn what_is_not_built_is_refused_at_the_word() {
             assert_option(&format!("{word}{value}, anchor = KEY"), word, &message);
         }
     }
-    assert_option(
-        "anchor = KEY, in_flight = wait(\"5s\")",
-        "wait",
-        "`wait` is not yet supported",
-    );
-    assert_option(
-        "anchor = KEY, on_unknown = refuse",
-        "refuse",
-        "`refuse` is not yet supported",
-    );
+    assert_option("anchor = KEY, in_flight = wait(\"5s\")", "wait", "`wait` is not yet supported");
+    assert_option("anchor = KEY, on_unknown = refuse", "refuse", "`refuse` is not yet supported");
     assert_option(
         "anchor = KEY, on_unknown = recover = a::b, mode = off",
         "recover",
@@ -143,11 +96,7 @@ fn anchors_come_from_somewhere() {
         "header(\"a\", \"b\")",
         "takes one string literal",
     );
-    assert_option(
-        "anchor = \"Idempotency-Key\"",
-        "\"Idempotency-Key\"",
-        "as in `anchor = header(",
-    );
+    assert_option("anchor = \"Idempotency-Key\"", "\"Idempotency-Key\"", "as in `anchor = header(");
     assert_option("anchor = global", "global", "unknown anchor `global`");
     assert_option("anchor = ()", "()", "`anchor` needs at least one part");
     assert_option("anchor = arg()", "arg", "`arg(..)` takes expressions");
@@ -156,20 +105,12 @@ fn anchors_come_from_somewhere() {
         "header(\"A\")",
         "the same part twice",
     );
-    assert_option(
-        "anchor = arg(body.id, body.id)",
-        "body.id",
-        "the same part twice",
-    );
+    assert_option("anchor = arg(body.id, body.id)", "body.id", "the same part twice");
 }
 
 #[test]
 fn scopes_come_from_somewhere() {
-    assert_option(
-        "anchor = KEY, scope = globl",
-        "globl",
-        "did you mean `global`?",
-    );
+    assert_option("anchor = KEY, scope = globl", "globl", "did you mean `global`?");
     assert_option(
         "anchor = KEY, scope = \"global\"",
         "\"global\"",
@@ -180,16 +121,8 @@ fn scopes_come_from_somewhere() {
         "global",
         "cannot be one part of another",
     );
-    assert_option(
-        "anchor = KEY, scope = global(1)",
-        "global(1)",
-        "`global` takes no parentheses",
-    );
-    assert_option(
-        "anchor = KEY, scope = tenant",
-        "tenant",
-        "unknown scope `tenant`",
-    );
+    assert_option("anchor = KEY, scope = global(1)", "global(1)", "`global` takes no parentheses");
+    assert_option("anchor = KEY, scope = tenant", "tenant", "unknown scope `tenant`");
 }
 
 #[test]
@@ -199,46 +132,18 @@ fn names_can_occur_in_a_request() {
         "\"Idem potency\"",
         "`Idem potency` is not a valid header name: ' ' is not allowed; did you mean `Idem-potency`?",
     );
-    assert_option(
-        "anchor = header(\"Key:\")",
-        "\"Key:\"",
-        "did you mean `Key`?",
-    );
+    assert_option("anchor = header(\"Key:\")", "\"Key:\"", "did you mean `Key`?");
     assert_option("anchor = header(\"ü\")", "\"ü\"", "'ü' is not allowed");
     assert_option("anchor = header(\"\")", "\"\"", "cannot be empty");
-    assert_option(
-        "anchor = path(\"/pay/{id}\")",
-        "\"/pay/{id}\"",
-        "did you mean `id`?",
-    );
+    assert_option("anchor = path(\"/pay/{id}\")", "\"/pay/{id}\"", "did you mean `id`?");
     assert_option("anchor = path(\"\")", "\"\"", "has a name");
     assert_option("anchor = query(\"\")", "\"\"", "has a name");
-    assert_option(
-        "anchor = body_field(\"\")",
-        "\"\"",
-        "an empty path names no field",
-    );
-    assert_option(
-        "anchor = body_field(\"a..b\")",
-        "\"a..b\"",
-        "empty name between dots",
-    );
-    assert_option(
-        "anchor = body_field(\"/a~2\")",
-        "\"/a~2\"",
-        "not a JSON Pointer",
-    );
-    assert_option(
-        "anchor = body_field(\"/a~\")",
-        "\"/a~\"",
-        "not a JSON Pointer",
-    );
+    assert_option("anchor = body_field(\"\")", "\"\"", "an empty path names no field");
+    assert_option("anchor = body_field(\"a..b\")", "\"a..b\"", "empty name between dots");
+    assert_option("anchor = body_field(\"/a~2\")", "\"/a~2\"", "not a JSON Pointer");
+    assert_option("anchor = body_field(\"/a~\")", "\"/a~\"", "not a JSON Pointer");
     assert_option("anchor = KEY, space = \"\"", "\"\"", "a space needs a name");
-    assert_option(
-        "anchor = KEY, space = payments",
-        "payments",
-        "`space = \"payments\"`",
-    );
+    assert_option("anchor = KEY, space = payments", "payments", "`space = \"payments\"`");
 }
 
 #[test]
@@ -251,10 +156,7 @@ fn durations_have_units_and_end() {
         "unknown duration unit `horas` in `24 horas`: expected `ms`, `s`, `m`, `h` or `d`; did you mean `\"24h\"`?",
     );
     ttl("\"24 foo\"", "expected `ms`, `s`, `m`, `h` or `d`");
-    ttl(
-        "\"24\"",
-        "duration `24` has no unit: write `\"24s\"`, `\"24m\"`, `\"24h\"` or `\"24d\"`",
-    );
+    ttl("\"24\"", "duration `24` has no unit: write `\"24s\"`, `\"24m\"`, `\"24h\"` or `\"24d\"`");
     ttl("24", "`ttl` takes a string literal, as in `ttl = \"24h\"`");
     ttl(
         "\"0s\"",
@@ -270,26 +172,14 @@ fn durations_have_units_and_end() {
     ttl("\"99999999999999999999h\"", "too long");
     ttl("\"forever\"", "write `forever` without quotes");
     ttl("day", "takes a string literal");
-    assert_option(
-        "anchor = KEY, lease = \"0ms\"",
-        "\"0ms\"",
-        "`lease` must be greater than zero",
-    );
-    assert_option(
-        "anchor = KEY, lease = forever",
-        "forever",
-        "as in `lease = \"30s\"`",
-    );
+    assert_option("anchor = KEY, lease = \"0ms\"", "\"0ms\"", "`lease` must be greater than zero");
+    assert_option("anchor = KEY, lease = forever", "forever", "as in `lease = \"30s\"`");
 }
 
 #[test]
 fn formats_have_lengths() {
     let format = |value: &str, underlined: &str, message: &str| {
-        assert_option(
-            &format!("anchor = KEY, format = {value}"),
-            underlined,
-            message,
-        );
+        assert_option(&format!("anchor = KEY, format = {value}"), underlined, message);
     };
     format("uid", "uid", "did you mean `uuid`?");
     format("uuid()", "uuid()", "takes no parentheses");
@@ -310,61 +200,25 @@ fn words_are_one_of_a_few() {
         "sucess",
         "expected `success`, `final` or `all`; did you mean `success`?",
     );
-    assert_option(
-        "anchor = KEY, mode = \"off\"",
-        "\"off\"",
-        "write `off` without quotes",
-    );
+    assert_option("anchor = KEY, mode = \"off\"", "\"off\"", "write `off` without quotes");
     assert_option("anchor = KEY, mode = 1", "1", "`mode` takes one word");
-    assert_option(
-        "anchor = KEY, store_outage = opn",
-        "opn",
-        "did you mean `open`?",
-    );
-    assert_option(
-        "anchor = KEY, engine = extensions",
-        "extensions",
-        "did you mean `extension`?",
-    );
-    assert_option(
-        "anchor = KEY, in_flight = rejct",
-        "rejct",
-        "did you mean `reject`?",
-    );
-    assert_option(
-        "anchor = KEY, on_unknown = retry",
-        "retry",
-        "expected `rerun`",
-    );
-    assert_option(
-        "anchor = KEY, refusals = \"x\"",
-        "\"x\"",
-        "the path of a value",
-    );
+    assert_option("anchor = KEY, store_outage = opn", "opn", "did you mean `open`?");
+    assert_option("anchor = KEY, engine = extensions", "extensions", "did you mean `extension`?");
+    assert_option("anchor = KEY, in_flight = rejct", "rejct", "did you mean `reject`?");
+    assert_option("anchor = KEY, on_unknown = retry", "retry", "expected `rerun`");
+    assert_option("anchor = KEY, refusals = \"x\"", "\"x\"", "the path of a value");
 }
 
 #[test]
 fn fingerprints_have_a_scheme() {
     let fingerprint = |value: &str, underlined: &str, message: &str| {
-        assert_option(
-            &format!("anchor = KEY, fingerprint = {value}"),
-            underlined,
-            message,
-        );
+        assert_option(&format!("anchor = KEY, fingerprint = {value}"), underlined, message);
     };
     fingerprint("jsn", "jsn", "did you mean `json`?");
     fingerprint("header(\"a\")", "header", "headers are added to a scheme");
     fingerprint("()", "()", "needs a scheme");
-    fingerprint(
-        "(json, body_field(\"a\"))",
-        "body_field(\"a\")",
-        "after the scheme come headers",
-    );
-    fingerprint(
-        "(json, header(\"A\"), header(\"a\"))",
-        "header(\"a\")",
-        "the same header twice",
-    );
+    fingerprint("(json, body_field(\"a\"))", "body_field(\"a\")", "after the scheme come headers");
+    fingerprint("(json, header(\"A\"), header(\"a\"))", "header(\"a\")", "the same header twice");
     fingerprint("body_field", "body_field", "needs parentheses");
     fingerprint("exclude()", "exclude()", "names no field");
     fingerprint("exclude(\"a\", \"a\")", "\"a\"", "the same field twice");
@@ -386,15 +240,8 @@ fn options_do_not_contradict_each_other() {
         "this anchor has several",
     );
     assert_eq!(mistakes("anchor = arg(body.a), format = uuid", HANDLER), []);
-    assert_option(
-        "optional, anchor = arg(body.a)",
-        "optional",
-        "are always there",
-    );
-    assert_eq!(
-        mistakes("optional, anchor = (arg(body.a), KEY)", HANDLER),
-        []
-    );
+    assert_option("optional, anchor = arg(body.a)", "optional", "are always there");
+    assert_eq!(mistakes("optional, anchor = (arg(body.a), KEY)", HANDLER), []);
     assert_option(
         "anchor = KEY, engine = extension, state = App",
         "state",
@@ -406,24 +253,9 @@ fn options_do_not_contradict_each_other() {
 fn fields_need_a_body() {
     let message = "`body_field(..)` needs a handler that takes the body: its last argument is not a body extractor (`Json<_>`, `Form<_>`, ...)";
     let field = "anchor = body_field(\"a\")";
-    assert_one(
-        field,
-        "async fn f(State(s): State<S>) {}",
-        "body_field",
-        message,
-    );
-    assert_one(
-        field,
-        "async fn f(p: axum::extract::Path<S>) {}",
-        "body_field",
-        message,
-    );
-    assert_one(
-        field,
-        "async fn f() {}",
-        "body_field",
-        "this one takes no arguments",
-    );
+    assert_one(field, "async fn f(State(s): State<S>) {}", "body_field", message);
+    assert_one(field, "async fn f(p: axum::extract::Path<S>) {}", "body_field", message);
+    assert_one(field, "async fn f() {}", "body_field", "this one takes no arguments");
     assert_one(
         "anchor = KEY, fingerprint = exclude(\"a\")",
         "async fn f(h: HeaderMap) {}",
@@ -447,27 +279,11 @@ fn fields_need_a_body() {
 
 #[test]
 fn handlers_are_what_axum_calls() {
-    assert_handler(
-        "fn f(b: Json<B>) {}",
-        "fn",
-        "`#[idempotent]` handlers must be `async fn`",
-    );
-    assert_handler(
-        "async fn f(self, b: Json<B>) {}",
-        "self",
-        "cannot take `self`",
-    );
-    assert_handler(
-        "async fn f(&mut self) {}",
-        "self",
-        "take `State<_>` instead",
-    );
+    assert_handler("fn f(b: Json<B>) {}", "fn", "`#[idempotent]` handlers must be `async fn`");
+    assert_handler("async fn f(self, b: Json<B>) {}", "self", "cannot take `self`");
+    assert_handler("async fn f(&mut self) {}", "self", "take `State<_>` instead");
     assert_handler("async unsafe fn f(b: Json<B>) {}", "unsafe", "`unsafe fn`");
-    assert_handler(
-        "async extern \"C\" fn f(b: Json<B>) {}",
-        "extern \"C\"",
-        "leave out `extern`",
-    );
+    assert_handler("async extern \"C\" fn f(b: Json<B>) {}", "extern \"C\"", "leave out `extern`");
     assert_handler(
         "async fn f<'a>(b: Json<B>) {}",
         "'a",
@@ -503,11 +319,7 @@ fn handlers_are_what_axum_calls() {
         "ws::WebSocketUpgrade",
         "a WebSocket upgrade cannot be recorded and replayed",
     );
-    assert_handler(
-        "async fn f(#[serde] b: Json<B>) {}",
-        "#[serde]",
-        "only lint levels",
-    );
+    assert_handler("async fn f(#[serde] b: Json<B>) {}", "#[serde]", "only lint levels");
     assert_handler(
         "#[idem::idempotent(x)] async fn f(b: Json<B>) {}",
         "#[idem::idempotent(x)]",
@@ -555,10 +367,7 @@ fn values_are_derived_for_structs_with_fields() {
         ("enum E { A }", "derived for structs only"),
         ("union U { a: u8 }", "derived for structs only"),
         ("#[anchor(krate = x)] struct S(u8);", "expected `crate = "),
-        (
-            "#[anchor(crate = x, crate = y)] struct S(u8);",
-            "option `crate` given twice",
-        ),
+        ("#[anchor(crate = x, crate = y)] struct S(u8);", "option `crate` given twice"),
     ] {
         let derived = derive::anchor_value(tokens(item)).to_string();
         assert!(derived.contains("compile_error"), "{item}: {derived}");

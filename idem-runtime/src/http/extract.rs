@@ -226,7 +226,6 @@ impl fmt::Debug for Parsed {
 /// # Errors
 ///
 /// The response to send instead, where the request is refused or the extractor turned it away.
-#[expect(clippy::result_large_err, reason = "generated code returns the error as the answer")]
 pub async fn parse<E, Source, R>(
     idem: Idem<E, Source>,
     policy: &'static Policy,

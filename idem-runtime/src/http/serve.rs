@@ -120,11 +120,7 @@ pub(crate) enum Unkeyed {
 
 impl Exchange {
     /// Reads a request as far as its key needs.
-    pub(crate) async fn open(
-        shared: Arc<Shared>,
-        policy: Resolved,
-        request: Request,
-    ) -> Opened {
+    pub(crate) async fn open(shared: Arc<Shared>, policy: Resolved, request: Request) -> Opened {
         if policy.mode == Mode::Off {
             return Opened::Unkeyed(Unkeyed::Plain(Box::new(request)));
         }

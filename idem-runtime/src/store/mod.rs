@@ -81,7 +81,7 @@ use crate::{
 /// 17. `an_unfinished_record_is_kept_for_its_time_to_live`: counted from its last claim, and never
 ///     for the lease only; a running record whose lease is alive outlives even that.
 /// 18. `expired_records_are_gone_before_any_sweep`: for readers, for claims (which start afresh) and
-///    for ending or renewing a claim.
+///     for ending or renewing a claim.
 /// 19. `for_ever_has_no_end`.
 /// 20. `sweeping_leaves_the_living`: it removes what is over and nothing else, at most as many as
 ///     it was told, also when two processes sweep while claims arrive.
