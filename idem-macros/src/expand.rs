@@ -222,10 +222,15 @@ impl<'a> Function<'a> {
         let name = at(&self.handler.signature.ident);
         let at_name = moved(p, name);
         let body = quote_spanned!(name=> #at_name::boxed(async move { #body }));
+        // Located at the type, where rustc says that it is no response.
+        let returns = at(self.returns);
+        let at_returns = moved(p, returns);
         let expressions = self.argument_expressions();
         if expressions.is_empty() {
-            return quote_spanned!(here=> #p::run(__idem, __policy, move |__last: #last_type| #body).await);
+            let run = quote_spanned!(returns=> #at_returns::run);
+            return quote_spanned!(here=> #run(__idem, __policy, move |__last: #last_type| #body).await);
         }
+        let run = quote_spanned!(returns=> #at_returns::run_parsed);
         let arguments = self.arguments(&expressions);
         quote_spanned! {here=>
             let (__call, __last) = match #p::parse(__idem, __policy).await {
@@ -233,7 +238,7 @@ impl<'a> Function<'a> {
                 ::core::result::Result::Err(__answer) => return __answer,
             };
             #arguments
-            #p::run_parsed(__call, __arguments, __last, move |__last: #last_type| #body).await
+            #run(__call, __arguments, __last, move |__last: #last_type| #body).await
         }
     }
 

@@ -43,7 +43,7 @@ pub mod probe {
     #[diagnostic::on_unimplemented(
         message = "this handler streams its response body: it cannot be recorded and replayed",
         label = "streaming response",
-        note = "`#[idempotent]` needs a response whose body is complete when the handler returns"
+        note = "`#[idempotent]` needs a response whose body is complete when the handler returns: answer with what names the stream, and stream from another handler"
     )]
     pub trait Recordable {}
 

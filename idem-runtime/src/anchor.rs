@@ -153,8 +153,13 @@ impl Anchor {
     }
 
     /// How long a recorded answer is replayed, counted from when it was recorded.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when it is zero.
     #[must_use]
     pub const fn ttl(mut self, ttl: Duration) -> Self {
+        assert!(!ttl.is_zero(), "Anchor::ttl: a record that expires at once protects nothing");
         self.options.ttl = Some(Ttl::For(ttl));
         self
     }

@@ -121,7 +121,13 @@ macro_rules! shared_options {
         impl $type {
             /// How long a recorded answer is replayed, counted from when it was recorded. A replay
             /// does not extend it. Default: 24 hours.
+            ///
+            /// # Panics
+            ///
+            /// When it is zero: a record that expires at once protects nothing. In a constant, that
+            /// does not compile.
             pub $($constness)? fn ttl(mut self, ttl: Duration) -> Self {
+                assert!(!ttl.is_zero(), "ttl: a record that expires at once protects nothing");
                 self.options.ttl = Some(Ttl::For(ttl));
                 self
             }
@@ -146,6 +152,8 @@ macro_rules! shared_options {
             }
 
             /// What makes two requests the same. Default: query string and body, byte for byte.
+            /// Clients that build a multipart body anew for each attempt choose a new boundary each
+            /// time: for those, say which headers count, or [`FingerprintScheme::none`].
             pub $($constness)? fn fingerprint(mut self, scheme: FingerprintScheme) -> Self {
                 self.options.fingerprint = Some(scheme);
                 self
@@ -165,8 +173,14 @@ macro_rules! shared_options {
 
             /// For how long a claim holds without being renewed: after a crash, the key is free
             /// again after this time. Running handlers renew it, so it bounds no handler. Default:
-            /// 30 seconds.
+            /// 30 seconds; at least 100 milliseconds, so that a renewal can arrive in time.
+            ///
+            /// # Panics
+            ///
+            /// When it is zero: every claim would be lost at once. In a constant, that does not
+            /// compile.
             pub $($constness)? fn lease(mut self, lease: Duration) -> Self {
+                assert!(!lease.is_zero(), "lease: a claim without a lease would be lost at once");
                 self.options.lease = Some(lease);
                 self
             }

@@ -101,7 +101,7 @@ impl fmt::Debug for Fingerprint {
 }
 
 /// What a store holds for a key, with its times relative to the store's own now.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Record {
     /// What it is found by.
     pub key: Key,
@@ -135,6 +135,28 @@ pub struct Record {
     pub payload: Bytes,
 }
 
+/// Payloads are somebody's data: only their size is shown.
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Record")
+            .field("key", &self.key)
+            .field("operation", &self.operation)
+            .field("operation_id", &self.operation_id)
+            .field("state", &self.state)
+            .field("fingerprint", &self.fingerprint)
+            .field("token", &self.token)
+            .field("attempt", &self.attempt)
+            .field("lease_left", &self.lease_left)
+            .field("valid_left", &self.valid_left)
+            .field("kept_left", &self.kept_left)
+            .field("age", &self.age)
+            .field("format", &self.format)
+            .field("flags", &self.flags)
+            .field("payload_bytes", &self.payload.len())
+            .finish_non_exhaustive()
+    }
+}
+
 impl Record {
     /// What the decision needs to know of this record.
     pub fn seen(&self) -> Seen {
@@ -153,7 +175,7 @@ impl Record {
 /// A recorded response: status, headers in order and with repeats, body.
 ///
 /// Encoded as a single buffer, of which a replay takes slices.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct RecordedResponse {
     /// The HTTP status.
     pub status: u16,
@@ -161,6 +183,17 @@ pub struct RecordedResponse {
     pub headers: Vec<(Bytes, Bytes)>,
     /// The whole body.
     pub body: Bytes,
+}
+
+/// Headers and body are somebody's data: only their size is shown.
+impl fmt::Debug for RecordedResponse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecordedResponse")
+            .field("status", &self.status)
+            .field("header_lines", &self.headers.len())
+            .field("body_bytes", &self.body.len())
+            .finish()
+    }
 }
 
 /// The first byte of a payload that is a response.

@@ -88,8 +88,9 @@ impl MemoryStoreBuilder {
     /// No new keys while the records take more than about this many bytes. By default 512 MiB:
     /// those million records with responses of 250 bytes each.
     ///
-    /// What is counted is the records themselves, without the allocator's own share. Responses to claims that were granted before are recorded beyond this bound, since refusing
-    /// them would repeat what has already happened.
+    /// What is counted is the records themselves, without the allocator's own share. Responses to
+    /// claims that were granted before are recorded beyond this bound, since refusing them would
+    /// repeat what has already happened.
     pub fn max_bytes(mut self, bytes: usize) -> Self {
         self.max_bytes = bytes;
         self

@@ -237,3 +237,129 @@ impl Row {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{decision::OnUnknown, record::Ttl, store::clock::NEVER};
+
+    const SECOND: Millis = 1_000;
+
+    fn claim() -> Claim {
+        Claim {
+            key: Key::from_bytes([1; 32]),
+            scope: ScopeDigest::from_bytes([2; 32]),
+            operation: Arc::from("POST /"),
+            operation_id: OperationId::random(),
+            fingerprint: Fingerprint { scheme: "test".into(), digest: [3; 32] },
+            token: Token::random(),
+            lease: Duration::from_secs(30),
+            ttl: Ttl::For(Duration::from_secs(3600)),
+            on_unknown: OnUnknown::Rerun,
+            format: FORMAT,
+        }
+    }
+
+    fn completion(claim: &Claim) -> Completion {
+        Completion {
+            key: claim.key,
+            token: claim.token,
+            ttl: Ttl::Forever,
+            flags: Flags::TOMBSTONE,
+            payload: Bytes::from_static(b"answer"),
+            format: FORMAT,
+        }
+    }
+
+    /// A key that was issued at 0, may be used for 60 seconds and is remembered for 600.
+    fn issued() -> Row {
+        Row {
+            state: State::Issued,
+            flags: Flags::ISSUED,
+            attempt: 0,
+            lease_end: 0,
+            valid_until: 60 * SECOND,
+            kept_until: 600 * SECOND,
+            ..Row::fresh(&claim(), 0)
+        }
+    }
+
+    #[test]
+    fn the_first_user_of_an_issued_key_says_what_the_operation_is() {
+        let mut row = issued();
+        let user = Claim {
+            operation: Arc::from("POST /redeem"),
+            fingerprint: Fingerprint { scheme: "other".into(), digest: [9; 32] },
+            ..claim()
+        };
+        assert!(matches!(row.claim(&user, 5 * SECOND), Claimed::Granted(_)));
+        assert_eq!(row.attempt, 1);
+        assert_eq!(row.operation_id, user.operation_id);
+        assert_eq!(row.operation, user.operation);
+        assert_eq!(row.fingerprint, user.fingerprint);
+        assert_eq!(row.created, 0);
+    }
+
+    #[test]
+    fn neither_claim_nor_renewal_nor_completion_moves_an_issued_keys_validity() {
+        let mut row = issued();
+        let user = claim();
+        row.claim(&user, 50 * SECOND);
+        assert_eq!((row.valid_until, row.kept_until), (60 * SECOND, 600 * SECOND));
+        let renewal = Renewal { key: user.key, token: user.token, lease: Duration::from_secs(900) };
+        assert!(row.renew(&renewal, 55 * SECOND));
+        assert_eq!(row.valid_until, 60 * SECOND);
+        assert_eq!(row.kept_until, 955 * SECOND, "kept as long as its lease");
+        assert_eq!(
+            row.complete(&completion(&user), 70 * SECOND),
+            Ended::Changed,
+            "it began in time"
+        );
+        assert_eq!(row.valid_until, 60 * SECOND);
+        assert!(row.flags.contains(Flags::ISSUED) && row.flags.contains(Flags::TOMBSTONE));
+        assert!(matches!(row.claim(&claim(), 70 * SECOND), Claimed::Found(_)));
+    }
+
+    #[test]
+    fn an_issued_key_past_its_validity_is_refused_and_still_known() {
+        let mut row = issued();
+        assert!(matches!(row.claim(&claim(), 60 * SECOND), Claimed::Found(_)));
+        assert_eq!(row, issued_like(&row), "a refusal changes nothing");
+        assert!(found(Some(&row), FORMAT, 599 * SECOND).unwrap().is_some());
+        assert!(found(Some(&row), FORMAT, 600 * SECOND).unwrap().is_none());
+    }
+
+    fn issued_like(row: &Row) -> Row {
+        Row { operation_id: row.operation_id, token: row.token, ..issued() }
+    }
+
+    #[test]
+    fn forgetting_a_claim_on_an_issued_key_gives_the_key_back() {
+        let mut row = issued();
+        let user = claim();
+        row.claim(&user, 0);
+        assert_eq!(row.forget(user.token, SECOND), Ended::Changed);
+        assert_eq!((row.state, row.attempt), (State::Issued, 0));
+        assert_eq!(row.forget(user.token, SECOND), Ended::Already, "the answer may have been lost");
+        assert_eq!(row.complete(&completion(&user), SECOND), Ended::Fenced);
+        let next = claim();
+        assert!(
+            matches!(row.claim(&next, SECOND), Claimed::Granted(record) if record.attempt == 1)
+        );
+        assert_eq!(row.forget(user.token, SECOND), Ended::Fenced);
+    }
+
+    #[test]
+    fn extremes_neither_overflow_nor_end() {
+        let endless = Claim { lease: Duration::MAX, ttl: Ttl::For(Duration::MAX), ..claim() };
+        let mut row = Row::fresh(&endless, NEVER - 1);
+        assert_eq!((row.lease_end, row.kept_until), (NEVER, NEVER));
+        row.attempt = u32::MAX;
+        assert_eq!(row.release(endless.token, NEVER - 1), Ended::Changed);
+        assert!(matches!(row.claim(&claim(), NEVER - 1), Claimed::Granted(_)));
+        assert_eq!(row.attempt, u32::MAX);
+        assert_eq!(row.kept_until, NEVER);
+        assert!(!row.is_over(NEVER - 1));
+        assert_eq!(Row::fresh(&endless, NEVER - 1).record(NEVER - 1).kept_left, Ttl::Forever);
+    }
+}

@@ -8,6 +8,7 @@ mod batch;
 mod queue;
 
 use std::{
+    fmt,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -18,7 +19,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use sqlx::{
-    ConnectOptions as _, Row as _, SqlitePool,
+    ConnectOptions as _, Connection as _, Row as _, SqlitePool,
     sqlite::{
         SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions,
         SqliteSynchronous,
@@ -70,10 +71,9 @@ const SWEPT_AT_ONCE: usize = 500;
 /// # }
 /// # tokio::runtime::Runtime::new().unwrap().block_on(example()).unwrap();
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct SqliteStore(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
     pool: SqlitePool,
     clock: Clock,
@@ -170,18 +170,13 @@ impl SqliteStore {
     /// [`Newer`](StoreErrorKind::Newer) when the tables are those of a newer release, and whatever
     /// keeps the database from answering.
     pub async fn create_tables(pool: &SqlitePool) -> Result<(), StoreError> {
-        let failed = |error| failure(error).error();
-        let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
-        let exists =
-            "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'idem_schema'";
-        let tables: i64 =
-            sqlx::query_scalar(exists).fetch_one(&mut *transaction).await.map_err(failed)?;
-        if tables > 0 {
-            // Before anything is created: this release's indices may not fit another's tables.
-            check_version(&mut transaction).await?;
+        let mut connection = pool.acquire().await.map_err(|error| failure(error).error())?;
+        let created = create_tables(&mut connection).await;
+        if created.is_err() {
+            // It may have lost its transaction without noticing: see `queue::write_on`.
+            connection.close_on_drop();
         }
-        sqlx::raw_sql(Self::SCHEMA).execute(&mut *transaction).await.map_err(failed)?;
-        transaction.commit().await.map_err(failed)
+        created
     }
 
     /// The same records, by another clock.
@@ -211,6 +206,16 @@ impl SqliteStore {
     }
 }
 
+/// The calls that wait carry responses, which are nobody's to see in a log.
+impl fmt::Debug for SqliteStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteStore")
+            .field("pool", &self.0.pool)
+            .field("clock", &self.0.clock)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What all connections of idem's own have in common.
 fn connect_options() -> SqliteConnectOptions {
     SqliteConnectOptions::new().busy_timeout(BUSY_TIMEOUT).disable_statement_logging()
@@ -224,6 +229,20 @@ fn pool_options(connections: u32) -> SqlitePoolOptions {
         .max_lifetime(None)
         .idle_timeout(None)
         .test_before_acquire(false)
+}
+
+async fn create_tables(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    let failed = |error| failure(error).error();
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
+    let exists = "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'idem_schema'";
+    let tables: i64 =
+        sqlx::query_scalar(exists).fetch_one(&mut *transaction).await.map_err(failed)?;
+    if tables > 0 {
+        // Before anything is created: this release's indices may not fit another's tables.
+        check_version(&mut transaction).await?;
+    }
+    sqlx::raw_sql(SqliteStore::SCHEMA).execute(&mut *transaction).await.map_err(failed)?;
+    transaction.commit().await.map_err(failed)
 }
 
 async fn check_version(connection: &mut SqliteConnection) -> Result<(), StoreError> {
@@ -276,9 +295,12 @@ fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
             }
         }
         sqlx::Error::PoolTimedOut => StoreErrorKind::TimedOut,
-        sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed | sqlx::Error::Io(_) => {
-            StoreErrorKind::Unreachable
-        }
+        // The last two are a connection that was left within a transaction; another one is not.
+        sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::Io(_)
+        | sqlx::Error::InvalidSavePointStatement
+        | sqlx::Error::BeginFailed => StoreErrorKind::Unreachable,
         sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::RowNotFound => {
             StoreErrorKind::Corrupt
         }

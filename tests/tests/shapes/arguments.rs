@@ -85,6 +85,7 @@ struct Page {
     page: u32,
 }
 
+#[allow(clippy::too_many_arguments, reason = "axum takes sixteen")]
 #[idempotent(anchor = header("Idempotency-Key"))]
 async fn everything(
     State(_engine): State<Idempotency>,

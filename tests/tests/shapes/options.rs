@@ -228,7 +228,8 @@ async fn records_all(effects: axum::Extension<Effects>, body: String) -> impl In
 
 #[tokio::test]
 async fn record_says_which_answers_are_kept() {
-    let cases: [(fn() -> MethodRouter<Idempotency>, [bool; 4]); 3] = [
+    type Handlers = fn() -> MethodRouter<Idempotency>;
+    let cases: [(Handlers, [bool; 4]); 3] = [
         (|| routing::post(records_success), [true, false, false, false]),
         (|| routing::post(records_final), [true, true, false, false]),
         (|| routing::post(records_all), [true, true, true, true]),

@@ -1,1 +1,221 @@
+use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
+
+use super::*;
+use crate::{
+    decision::OnUnknown,
+    key::{OperationId, ScopeDigest},
+    record::{Fingerprint, Flags, Ttl},
+    store::clock::ManualClock,
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn claim() -> Claim {
+    Claim {
+        key: Key::from_bytes(rand::random()),
+        scope: ScopeDigest::from_bytes([1; 32]),
+        operation: Arc::from("POST /"),
+        operation_id: OperationId::random(),
+        fingerprint: Fingerprint { scheme: "test".into(), digest: [2; 32] },
+        token: Token::random(),
+        lease: Duration::from_secs(30),
+        ttl: Ttl::For(HOUR),
+        on_unknown: OnUnknown::Rerun,
+        format: FORMAT,
+    }
+}
+
+fn completion(claim: &Claim, payload: Bytes) -> Completion {
+    let (flags, format) = (Flags::NONE, FORMAT);
+    Completion { key: claim.key, token: claim.token, ttl: claim.ttl, flags, payload, format }
+}
+
+fn store(
+    builder: impl FnOnce(MemoryStoreBuilder) -> MemoryStoreBuilder,
+) -> (MemoryStore, ManualClock) {
+    let clock = Clock::manual();
+    (builder(MemoryStore::builder()).clock(clock.clone()).build(), clock)
+}
+
+fn counts(store: &MemoryStore) -> (usize, usize) {
+    (store.0.records.load(Ordering::SeqCst), store.0.bytes.load(Ordering::SeqCst))
+}
+
+/// How many entries all heaps have together.
+fn due(store: &MemoryStore) -> usize {
+    store.0.shards.iter().map(|shard| lock(shard).due.len()).sum()
+}
+
+fn is_full(answer: &Result<Claimed, StoreError>) -> bool {
+    matches!(answer, Err(error) if error.kind() == StoreErrorKind::Full)
+}
+
+#[tokio::test]
+async fn at_its_bound_it_refuses_new_keys_and_drops_nothing_that_lives() {
+    let (store, clock) = store(|builder| builder.max_records(3));
+    let claims = [claim(), claim(), claim()];
+    for claim in &claims {
+        store.claim(claim).await.unwrap();
+    }
+    assert!(is_full(&store.claim(&claim()).await));
+    // Known keys are no new records, whatever is done to them.
+    for claim in &claims {
+        assert!(matches!(store.claim(claim).await, Ok(Claimed::Granted(_))));
+        let answer = store.complete(&completion(claim, Bytes::new())).await;
+        assert_eq!(answer.unwrap(), Written::Done);
+    }
+    assert!(is_full(&store.claim(&claim()).await));
+    clock.advance(HOUR);
+    assert!(matches!(store.claim(&claim()).await, Ok(Claimed::Granted(_))), "three have expired");
+}
+
+#[tokio::test]
+async fn a_forgotten_record_makes_room() {
+    let (store, _) = store(|builder| builder.max_records(1));
+    let first = claim();
+    store.claim(&first).await.unwrap();
+    assert!(is_full(&store.claim(&claim()).await));
+    store.forget(&first.key, &first.token).await.unwrap();
+    assert_eq!(counts(&store), (0, 0));
+    store.claim(&claim()).await.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_are_bounded_too_and_what_was_claimed_is_always_recorded() {
+    let (store, clock) = store(|builder| builder.max_bytes(100_000));
+    let [first, second] = [claim(), claim()];
+    store.claim(&first).await.unwrap();
+    store.claim(&second).await.unwrap();
+    for claim in [&first, &second] {
+        let payload = Bytes::from(vec![0; 100_000]);
+        assert_eq!(store.complete(&completion(claim, payload)).await.unwrap(), Written::Done);
+    }
+    assert!(counts(&store).1 > 200_000);
+    assert!(is_full(&store.claim(&claim()).await));
+    clock.advance(HOUR);
+    store.claim(&claim()).await.unwrap();
+    assert_eq!(counts(&store).0, 1, "the bound had what was over dropped");
+    assert!(counts(&store).1 < 1_000);
+}
+
+#[test]
+fn the_bound_is_exact_however_many_claim_at_once() {
+    let (store, _) = store(|builder| builder.max_records(100));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    let _ = store.0.claim(&claim());
+                }
+            });
+        }
+    });
+    assert_eq!(counts(&store).0, 100);
+}
+
+#[tokio::test]
+async fn a_replay_is_not_copied() {
+    let (store, _) = store(|builder| builder);
+    let claim = claim();
+    store.claim(&claim).await.unwrap();
+    let payload = Bytes::from(vec![7; 4096]);
+    store.complete(&completion(&claim, payload.clone())).await.unwrap();
+    let record = store.read(&claim.key).await.unwrap().unwrap();
+    assert_eq!(record.payload.as_ptr(), payload.as_ptr());
+}
+
+#[tokio::test]
+async fn claims_alone_keep_the_store_clean() {
+    let (store, clock) = store(|builder| builder);
+    for _ in 0..10 {
+        for _ in 0..1_000 {
+            store.claim(&claim()).await.unwrap();
+        }
+        clock.advance(HOUR);
+    }
+    let (records, _) = counts(&store);
+    assert!(records <= 1_100, "{records} records, of which a thousand are the last round's");
+    assert!(due(&store) <= records);
+}
+
+#[tokio::test]
+async fn neither_forgotten_nor_shortened_records_pile_up_in_the_heap() {
+    let (store, clock) = store(|builder| builder);
+    for _ in 0..20_000 {
+        let claim = claim();
+        store.claim(&claim).await.unwrap();
+        store.forget(&claim.key, &claim.token).await.unwrap();
+    }
+    assert!(due(&store) <= SHARDS * (STEPS_A_LOCK + 1), "{}", due(&store));
+    for _ in 0..20_000 {
+        let claim = claim();
+        store.claim(&claim).await.unwrap();
+        let ttl = Ttl::For(Duration::from_millis(1));
+        store.complete(&Completion { ttl, ..completion(&claim, Bytes::new()) }).await.unwrap();
+        clock.advance(Duration::from_millis(1));
+    }
+    assert!(due(&store) <= SHARDS * (STEPS_A_LOCK + 8), "{}", due(&store));
+    assert!(counts(&store).0 <= SHARDS * 2, "{:?}", counts(&store));
+}
+
+#[tokio::test]
+async fn keys_that_share_their_hash_expire_each_for_itself() {
+    let (store, clock) = store(|builder| builder);
+    let mut claims: Vec<_> = (0..4).map(|_| claim()).collect();
+    for (number, claim) in claims.iter_mut().enumerate() {
+        let mut digest = [0; 32];
+        digest[31] = u8::try_from(number).unwrap();
+        claim.key = Key::from_bytes(digest);
+        store.claim(claim).await.unwrap();
+    }
+    let longer = Completion { ttl: Ttl::For(HOUR * 2), ..completion(&claims[1], Bytes::new()) };
+    store.complete(&longer).await.unwrap();
+    clock.advance(HOUR);
+    assert_eq!(store.sweep(usize::MAX).await.unwrap(), 3);
+    assert!(store.read(&claims[1].key).await.unwrap().is_some());
+    clock.advance(HOUR);
+    assert_eq!(store.sweep(usize::MAX).await.unwrap(), 1);
+    assert_eq!((counts(&store), due(&store)), ((0, 0), 0));
+}
+
+#[tokio::test]
+async fn a_bounded_sweep_comes_round_to_every_shard() {
+    let (store, clock) = store(|builder| builder);
+    for _ in 0..1_000 {
+        store.claim(&claim()).await.unwrap();
+    }
+    clock.advance(HOUR);
+    let mut rounds = 0;
+    while store.sweep(10).await.unwrap() > 0 {
+        rounds += 1;
+    }
+    assert_eq!((rounds, counts(&store)), (100, (0, 0)));
+}
+
+#[tokio::test]
+async fn a_panic_under_a_lock_takes_nothing_down() {
+    let (store, _) = store(|builder| builder);
+    let claim = claim();
+    store.claim(&claim).await.unwrap();
+    let other = store.clone();
+    let panicked = std::thread::spawn(move || {
+        let _shard = other.0.shard(&claim.key);
+        panic!("under the lock");
+    });
+    assert!(panicked.join().is_err());
+    assert!(store.read(&claim.key).await.unwrap().is_some());
+}
+
+#[test]
+fn the_default_bounds_agree() {
+    let answered = Entry {
+        due: 0,
+        row: Row { payload: Bytes::from(vec![0; 250]), ..Row::fresh(&claim(), 0) },
+    };
+    let million = 1_000_000 * answered.weight();
+    let MemoryStoreBuilder { max_records, max_bytes, .. } = MemoryStore::builder();
+    assert_eq!(max_records, 1_000_000);
+    assert!(max_bytes / 10 * 9 < million && million < max_bytes / 10 * 11, "{million}");
+}

@@ -1,10 +1,10 @@
 //! One transaction: the rows that its calls need, read at once; each call decided on them, in
 //! order; what changed, written.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
-use sqlx::{Row as _, Sqlite, SqliteConnection, SqlitePool, Transaction, sqlite::SqliteRow};
+use sqlx::{Connection as _, Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 
 use super::{
     Failure, NAME, failure,
@@ -24,17 +24,11 @@ use crate::{
 type Loaded = Result<Row, StoreErrorKind>;
 
 /// A transaction that holds SQLite's only write lock.
-pub(super) struct Batch {
-    transaction: Transaction<'static, Sqlite>,
+pub(super) struct Batch<'c> {
+    transaction: Transaction<'c, Sqlite>,
     now: Millis,
     /// What the table holds for the keys of the calls.
     rows: HashMap<Key, Loaded>,
-}
-
-impl fmt::Debug for Batch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Batch").field("rows", &self.rows.len()).finish_non_exhaustive()
-    }
 }
 
 /// What a call met.
@@ -75,14 +69,14 @@ impl Answer {
     }
 }
 
-impl Batch {
+impl<'c> Batch<'c> {
     /// Begins a transaction and reads the rows that these calls need.
     pub(super) async fn begin(
-        pool: &SqlitePool,
+        connection: &'c mut SqliteConnection,
         clock: &Clock,
         ops: &[Op],
     ) -> Result<Self, Failure> {
-        let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.map_err(failure)?;
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failure)?;
         // Under the lock, so that time runs forward from one transaction to the next.
         let now = clock.now();
         let mut keys = Vec::with_capacity(ops.len());
@@ -116,6 +110,10 @@ impl Batch {
 
     pub(super) async fn commit(self) -> Result<(), Failure> {
         self.transaction.commit().await.map_err(failure)
+    }
+
+    pub(super) async fn rollback(self) -> Result<(), Failure> {
+        self.transaction.rollback().await.map_err(failure)
     }
 
     /// The row of a key, unless it is over.

@@ -12,12 +12,13 @@ use std::{
     sync::{Arc, MutexGuard, PoisonError},
 };
 
+use sqlx::sqlite::SqliteConnection;
 use tokio::{runtime::Handle, sync::oneshot};
 
-use super::{Failure, NAME, Shared, batch::Batch};
+use super::{Failure, NAME, Shared, batch::Batch, failure};
 use crate::{
     key::{Key, Token},
-    store::{Claim, Claimed, Completion, Renewal, StoreError, StoreErrorKind, Written},
+    store::{Claim, Claimed, Clock, Completion, Renewal, StoreError, StoreErrorKind, Written},
 };
 
 /// How many calls go into one transaction. More than that gain little from sharing a flush, and
@@ -25,7 +26,7 @@ use crate::{
 const CALLS_A_TRANSACTION: usize = 512;
 
 /// What waits, and whether a task is at work.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Queue {
     waiting: VecDeque<Op>,
     draining: bool,
@@ -35,7 +36,6 @@ pub(super) struct Queue {
 pub(super) type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 
 /// A call that writes.
-#[derive(Debug)]
 pub(super) enum Op {
     Claim(Box<Claim>, Reply<Claimed>),
     Complete(Box<Completion>, Reply<Written>),
@@ -140,27 +140,56 @@ async fn write(shared: &Shared, mut ops: Vec<Op>) {
     if ops.is_empty() {
         return;
     }
-    let mut batch = match Batch::begin(&shared.pool, &shared.clock, &ops).await {
+    let mut connection = match shared.pool.acquire().await {
+        Ok(connection) => connection,
+        Err(error) => return fail_all(ops, &failure(error)),
+    };
+    if !write_on(&mut connection, &shared.clock, ops).await {
+        connection.close_on_drop();
+    }
+}
+
+/// Writes calls in one transaction on a connection, answers them, and says whether the connection
+/// is still good.
+///
+/// After some failures SQLite rolls back by itself. The driver does not notice, believes ever after
+/// that a transaction is open, and can begin none on that connection again.
+async fn write_on(connection: &mut SqliteConnection, clock: &Clock, ops: Vec<Op>) -> bool {
+    let mut batch = match Batch::begin(connection, clock, &ops).await {
         Ok(batch) => batch,
-        Err(failure) => return ops.into_iter().for_each(|op| op.fail(&failure)),
+        Err(failure) => {
+            fail_all(ops, &failure);
+            // Whoever holds the lock that was waited for, this connection does not.
+            return failure.kind == StoreErrorKind::TimedOut;
+        }
     };
     let mut answers = Vec::with_capacity(ops.len());
     let mut ops = ops.into_iter();
-    let mut written = Ok(());
-    while written.is_ok()
+    let mut applied = Ok(());
+    while applied.is_ok()
         && let Some(op) = ops.next()
     {
-        written = batch.apply(op).await.map(|answer| answers.push(answer));
+        applied = batch.apply(op).await.map(|answer| answers.push(answer));
     }
-    if written.is_ok() {
-        written = batch.commit().await;
-    }
+    let (written, good) = match applied {
+        Ok(()) => {
+            let written = batch.commit().await;
+            let good = written.is_ok();
+            (written, good)
+        }
+        Err(failure) => (Err(failure), batch.rollback().await.is_ok()),
+    };
     for answer in answers {
         answer.settle(written.as_ref().err());
     }
-    if let Err(failure) = written {
-        ops.for_each(|op| op.fail(&failure));
+    if let Err(failure) = &written {
+        fail_all(ops, failure);
     }
+    good
+}
+
+fn fail_all(ops: impl IntoIterator<Item = Op>, failure: &Failure) {
+    ops.into_iter().for_each(|op| op.fail(failure));
 }
 
 /// No code that runs under the lock can panic in the middle of a change.

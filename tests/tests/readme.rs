@@ -1,0 +1,72 @@
+//! The README's code, as it stands there, compiled and run.
+
+#![expect(
+    missing_docs,
+    missing_debug_implementations,
+    reason = "the README's code is an application's, which nobody depends on"
+)]
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tests::server::{Server, send};
+
+include!(concat!(env!("OUT_DIR"), "/readme.rs"));
+
+/// The payment provider that the README speaks of: it charges each key once.
+#[derive(Clone, Default)]
+pub struct Provider {
+    charged: Arc<Mutex<Vec<String>>>,
+    down: Arc<AtomicBool>,
+}
+
+impl Provider {
+    async fn charge(&self, key: &str, to: &str, amount: u64) -> Result<String, StatusCode> {
+        let mut charged = self.charged.lock().unwrap();
+        if !charged.iter().any(|known| known == key) {
+            charged.push(key.to_owned());
+        }
+        // It charged, and the answer was lost.
+        if self.down.swap(false, Ordering::SeqCst) {
+            return Err(StatusCode::BAD_GATEWAY);
+        }
+        Ok(format!("ch_{to}_{amount}"))
+    }
+}
+
+#[tokio::test]
+async fn the_readme_does_what_it_says() {
+    let directory = tempfile::tempdir().unwrap();
+    std::env::set_current_dir(&directory).unwrap();
+    let provider = Provider::default();
+    let server = Server::start(app(provider.clone()).await.unwrap()).await;
+    let pay = |key, body| send(server.post("/payments", key, body));
+
+    let first = pay("k-1", r#"{"to":"ada","amount":100}"#).await;
+    assert_eq!((first.status, first.is_replay()), (201, false), "{}", first.text());
+    let retry = pay("k-1", r#"{"to":"ada","amount":100}"#).await;
+    assert_eq!((retry.status, retry.is_replay()), (201, true));
+    assert_eq!(retry.body, first.body);
+    assert_eq!(pay("k-1", r#"{"to":"ada","amount":999}"#).await.code(), "mismatch");
+    let no_key = send(server.post_without_key("/payments", r#"{"to":"a","amount":1}"#)).await;
+    assert_eq!((no_key.status, no_key.code().as_str()), (400, "key_missing"));
+
+    provider.down.store(true, Ordering::SeqCst);
+    assert_eq!(pay("k-2", r#"{"to":"bob","amount":7}"#).await.status, 502);
+    assert_eq!(pay("k-2", r#"{"to":"bob","amount":7}"#).await.status, 201);
+    assert_eq!(provider.charged.lock().unwrap().len(), 2, "one charge for each key");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_handler_is_called_without_an_engine() {
+    let store = idem_runtime::store::MemoryStore::new();
+    let idem = Idempotency::builder(store).scope(Scope::header("X-API-Key")).build();
+    let app = App { idem, provider: Provider::default() };
+    let payment = Payment { to: "ada".to_owned(), amount: 3 };
+    let returned = create_payment(State(app), Operation::default(), Json(payment).into()).await;
+    let (status, Json(receipt)) = returned.into_inner().unwrap().unwrap();
+    assert_eq!((status, receipt.id.as_str()), (StatusCode::CREATED, "ch_ada_3"));
+}
