@@ -227,18 +227,20 @@ impl<'a> Function<'a> {
         let at_returns = moved(p, returns);
         let expressions = self.argument_expressions();
         if expressions.is_empty() {
-            let run = quote_spanned!(returns=> #at_returns::run);
-            return quote_spanned!(here=> #run(__idem, __policy, move |__last: #last_type| #body).await);
+            let passed = quote_spanned!(here=> __idem, __policy, move |__last: #last_type| #body);
+            return quote_spanned!(returns=> #at_returns::run(#passed).await);
         }
-        let run = quote_spanned!(returns=> #at_returns::run_parsed);
         let arguments = self.arguments(&expressions);
+        let passed =
+            quote_spanned!(here=> __call, __arguments, __last, move |__last: #last_type| #body);
+        let run = quote_spanned!(returns=> #at_returns::run_parsed(#passed).await);
         quote_spanned! {here=>
             let (__call, __last) = match #p::parse(__idem, __policy).await {
                 ::core::result::Result::Ok(__parsed) => __parsed,
                 ::core::result::Result::Err(__answer) => return __answer,
             };
             #arguments
-            #run(__call, __arguments, __last, move |__last: #last_type| #body).await
+            #run
         }
     }
 
