@@ -145,11 +145,17 @@ impl<'a> Function<'a> {
 
         let mut signature = self.handler.signature.clone();
         outlive_the_request(&mut signature.generics);
+        // Located at the types that they stand for: what rustc says of the new ones is then said
+        // of those that the user wrote.
+        let (last, answer) = (at(last_type), at(returns));
+        let (at_last, at_answer) = (moved(p, last), moved(p, answer));
+        let last_type = quote_spanned!(last=> #at_last::Idem<#last_type, #source>);
+        let returns = quote_spanned!(answer=> #at_answer::Guarded<#returns>);
         signature.inputs = syn::parse_quote_spanned! {here=>
             #(#names: #types,)*
-            __idem: #p::Idem<#last_type, #source>
+            __idem: #last_type
         };
-        signature.output = syn::parse_quote_spanned!(here=> -> #p::Guarded<#returns>);
+        signature.output = syn::parse_quote_spanned!(here=> -> #returns);
         signature.into_token_stream()
     }
 

@@ -134,7 +134,10 @@ fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor
 
     if let Some(name) = handler::hint(&ty) {
         if name == "WebSocketUpgrade" {
-            errors.at(&ty, "a WebSocket upgrade cannot be recorded and replayed");
+            errors.at(
+                &ty,
+                "a WebSocket upgrade cannot be recorded and replayed: leave out `#[idempotent]`",
+            );
         } else if !is_last && one_of(&TAKES_THE_BODY, name) {
             errors.at(
                 &ty,
