@@ -199,7 +199,8 @@ impl<'a> Function<'a> {
         let p = self.private;
         let there = at(returns);
         let at_type = private(self.checked, there);
-        let check = quote_spanned!(there=> #at_type::probe::Of::<#returns>::check(););
+        let check =
+            quote_spanned!(there=> #at_type::probe::Of::<#returns>::idem_answer_is_complete(););
         Some(quote_spanned! {Span::mixed_site()=>
             {
                 // Unused where the answer streams and is refused.

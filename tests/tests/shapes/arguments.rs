@@ -1,9 +1,11 @@
 //! How many arguments, and the patterns that take them apart.
 
+use std::{cell::Cell, convert::Infallible, sync::Arc};
+
 use axum::{
     Extension, Json,
-    extract::{Path, Query, State},
-    http::{HeaderMap, Method, Uri},
+    extract::{FromRequestParts, Path, Query, State},
+    http::{HeaderMap, Method, StatusCode, Uri, request::Parts},
     routing,
 };
 use idem_runtime::{Idempotency, Operation, idempotent};
@@ -152,6 +154,69 @@ async fn arguments_can_be_mutable_or_unnamed() {
     let app = at("/", routing::post(mutable));
     assert_eq!(answers_and_replays(&app, post("/", "a")).await.text(), "a!");
     answers_and_replays(&at("/", routing::post(unnamed)), post("/", "a")).await;
+}
+
+/// Holds something for as long as it lives.
+struct Permit {
+    _held: Arc<()>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Permit {
+    type Rejection = StatusCode;
+
+    async fn from_request_parts(head: &mut Parts, _: &S) -> Result<Self, StatusCode> {
+        let held = head.extensions.get().cloned().ok_or(StatusCode::INTERNAL_SERVER_ERROR)?;
+        Ok(Self { _held: held })
+    }
+}
+
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn holds_permits(_: Permit, Extension(permits): Extension<Arc<()>>, _: Permit) -> String {
+    tokio::task::yield_now().await;
+    (Arc::strong_count(&permits) - 1).to_string()
+}
+
+#[tokio::test]
+async fn what_is_not_named_lives_as_long_as_the_body() {
+    // One that is handed out; the test has one, and the layer, and the request's extensions.
+    let permits = Arc::new(());
+    let app = at("/", routing::post(holds_permits).layer(Extension(Arc::clone(&permits))));
+    let idle = Arc::strong_count(&permits);
+    let busy: usize = answers_and_replays(&app, post("/", "a")).await.text().parse().unwrap();
+    assert!(busy >= idle + 2, "{busy} while running, {idle} before");
+    assert_eq!(Arc::strong_count(&permits), idle);
+}
+
+/// An extractor that threads cannot share.
+struct Unshared(Cell<u64>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Unshared {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(_: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Self(Cell::new(7)))
+    }
+}
+
+#[idempotent(anchor = arg(cell.get(), body))]
+async fn unshared(Unshared(cell): Unshared, body: String) -> String {
+    cell.set(cell.get() + 1);
+    tokio::task::yield_now().await;
+    format!("{} {body}", cell.get())
+}
+
+#[idempotent(anchor = arg(last.0.get()))]
+async fn unshared_last(_: Unshared, last: Unshared) -> String {
+    tokio::task::yield_now().await;
+    last.0.get().to_string()
+}
+
+#[tokio::test]
+async fn extractors_need_not_be_shared_between_threads() {
+    let app = at("/", routing::post(unshared));
+    assert_eq!(answers_and_replays(&app, post("/", "a")).await.text(), "8 a");
+    let app = at("/", routing::post(unshared_last));
+    assert_eq!(answers_and_replays(&app, post("/", "a")).await.text(), "7");
 }
 
 #[idempotent(anchor = header("Idempotency-Key"))]

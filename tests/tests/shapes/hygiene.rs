@@ -34,6 +34,19 @@ mod hostile_names {
     pub(super) const __IDEM_POLICY: u8 = 0;
     pub(super) const __POLICY: u8 = 0;
 
+    /// Methods that every type has, under the names of ours.
+    pub(super) trait Everything: Sized {
+        fn check() {}
+        fn run(self) {}
+        fn push<T>(self, _: T) {}
+        fn write<T>(self, _: T) {}
+        fn boxed(self) {}
+        fn ttl<T>(self, _: T) {}
+        fn scope<T>(self, _: T) {}
+        fn into_response(self) {}
+    }
+    impl<T> Everything for T {}
+
     #[::idem_runtime::idempotent(anchor = header("Idempotency-Key"), state = ::idem_runtime::Idempotency)]
     pub(super) async fn by_header(
         __a0: ::axum::extract::State<::idem_runtime::Idempotency>,
