@@ -31,6 +31,13 @@ fn a_mistake_never_makes_the_handler_disappear() {
 }
 
 #[test]
+fn no_case_depends_on_whether_the_sources_of_the_standard_library_are_installed() {
+    for (name, [_, said]) in cases().unwrap() {
+        assert!(!said.contains("$RUST"), "{name}: {said}");
+    }
+}
+
+#[test]
 fn every_case_says_which_rule_it_breaks_and_what_rustc_says() {
     for (name, [case, said]) in cases().unwrap() {
         assert!(case.contains("// "), "{name}.rs has no comment");

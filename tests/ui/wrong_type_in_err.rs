@@ -1,11 +1,15 @@
 use axum::{Router, http::StatusCode, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
+fn refuse() -> Result<String, &'static str> {
+    Err("no body")
+}
+
 // Errors in the body are rustc's own, where they are.
 #[idempotent(anchor = header("Idempotency-Key"))]
 async fn pay(body: String) -> Result<String, StatusCode> {
     if body.is_empty() {
-        return Err("no body");
+        return refuse();
     }
     Ok(body)
 }
