@@ -1,4 +1,8 @@
-use axum::{Router, extract::{FromRef, State}, routing::post};
+use axum::{
+    Router,
+    extract::{FromRef, State},
+    routing::post,
+};
 use idem_runtime::{Idempotency, assert_handler, idempotent};
 
 #[derive(Clone, FromRef)]

@@ -6,6 +6,6 @@ use idem_runtime::{Idempotency, idempotent};
 async fn pay(Json(_amount): Json<u64>, _headers: HeaderMap) {}
 
 fn main() {
-    let _: Router<Idempotency> = Router::new()
-        .route("/payments", post(|headers: HeaderMap| pay(Json(1), headers)));
+    let _: Router<Idempotency> =
+        Router::new().route("/payments", post(|headers: HeaderMap| pay(Json(1), headers)));
 }

@@ -1,4 +1,8 @@
-use axum::{Router, extract::{Path, State}, routing::post};
+use axum::{
+    Router,
+    extract::{Path, State},
+    routing::post,
+};
 use idem_runtime::{Idempotency, idempotent};
 
 // A body that the handler never takes is not read for its key either.

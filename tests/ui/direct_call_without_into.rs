@@ -12,6 +12,10 @@ async fn a_test() -> Option<String> {
 }
 
 fn main() {
-    let _: Router<Idempotency> =
-        Router::new().route("/payments", post(pay)).route("/test", post(|| async { a_test().await; }));
+    let _: Router<Idempotency> = Router::new().route("/payments", post(pay)).route(
+        "/test",
+        post(|| async {
+            a_test().await;
+        }),
+    );
 }

@@ -11,6 +11,6 @@ async fn pay(State(_ledger): State<Ledger>, body: String) -> String {
 }
 
 fn main() {
-    let _: Router<Idempotency> = Router::new()
-        .route("/payments", post(|body: String| pay(State(Ledger), body.into())));
+    let _: Router<Idempotency> =
+        Router::new().route("/payments", post(|body: String| pay(State(Ledger), body.into())));
 }

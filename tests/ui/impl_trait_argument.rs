@@ -6,6 +6,5 @@ use idem_runtime::{Idempotency, idempotent};
 async fn pay(_body: impl FromRequest<()>) {}
 
 fn main() {
-    let _: Router<Idempotency> =
-        Router::new().route("/payments", post(|body: String| pay(body)));
+    let _: Router<Idempotency> = Router::new().route("/payments", post(|body: String| pay(body)));
 }

@@ -17,5 +17,6 @@ impl Payments for Bank {
 }
 
 fn main() {
-    let _: Router<Idempotency> = Router::new().route("/payments", post(|body: String| Bank::pay(body)));
+    let _: Router<Idempotency> =
+        Router::new().route("/payments", post(|body: String| Bank::pay(body)));
 }

@@ -10,6 +10,10 @@ async fn pay(_body: String) -> Receipt {
 }
 
 fn main() {
-    let _: Router<Idempotency> = Router::new()
-        .route("/payments", post(|body: String| async { pay(body.into()).await; }));
+    let _: Router<Idempotency> = Router::new().route(
+        "/payments",
+        post(|body: String| async {
+            pay(body.into()).await;
+        }),
+    );
 }

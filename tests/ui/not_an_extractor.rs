@@ -10,6 +10,6 @@ async fn pay(State(_): State<Idempotency>, amount: Amount) -> String {
 }
 
 fn main() {
-    let _: Router<Idempotency> =
-        Router::new().route("/payments", post(|state| async { pay(state, Amount(1).into()).await }));
+    let _: Router<Idempotency> = Router::new()
+        .route("/payments", post(|state| async { pay(state, Amount(1).into()).await }));
 }

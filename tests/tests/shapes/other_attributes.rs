@@ -62,7 +62,9 @@ async fn debug_below_no_arguments() -> (StatusCode, Json<Receipt>) {
 #[tracing::instrument]
 #[idempotent(anchor = header("Idempotency-Key"))]
 async fn instrument_above(Path(id): Path<u64>, body: String) -> Answer {
-    receipt(id, &Payment { amount: body.len() as u64 - 7 })
+    let payment = serde_json::from_str(&body)
+        .map_err(|_| (StatusCode::BAD_REQUEST, Json(Problem { code: "not_json" })))?;
+    receipt(id, &payment)
 }
 
 #[idempotent(anchor = header("Idempotency-Key"))]

@@ -154,6 +154,47 @@ async fn boxed_error(body: String) -> Result<String, Internal> {
     Ok(sum.await?.to_string())
 }
 
+/// Errors of an application's own, behind a pointer.
+trait Failure: Send {
+    fn status(&self) -> StatusCode;
+}
+
+struct Declined;
+
+impl Failure for Declined {
+    fn status(&self) -> StatusCode {
+        StatusCode::PAYMENT_REQUIRED
+    }
+}
+
+impl IntoResponse for Box<dyn Failure> {
+    fn into_response(self) -> Response {
+        self.status().into_response()
+    }
+}
+
+impl From<std::num::ParseIntError> for Box<dyn Failure> {
+    fn from(_: std::num::ParseIntError) -> Self {
+        Box::new(Declined)
+    }
+}
+
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn trait_object_error(body: String) -> Result<String, Box<dyn Failure>> {
+    let amount: u64 = body.parse()?;
+    if amount > 100 {
+        return Err(Box::new(Declined));
+    }
+    Ok(amount.to_string())
+}
+
+#[tokio::test]
+async fn an_error_becomes_the_trait_object_that_is_returned() {
+    let app = at("/", routing::post(trait_object_error));
+    assert_eq!(ask(&app, &post("/", "500")).await.status, 402);
+    assert_eq!(answers_and_replays(&app, post("/", "5")).await.text(), "5");
+}
+
 #[tokio::test]
 async fn a_question_mark_finds_the_type_of_the_error() {
     let handlers = [
