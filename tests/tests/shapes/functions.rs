@@ -2,11 +2,13 @@
 
 use std::marker::PhantomData;
 
-use axum::{Extension, Json, Router, extract::State, response::IntoResponse, routing};
+use axum::{
+    Extension, Json, Router, extract::State, http::HeaderMap, response::IntoResponse, routing,
+};
 use idem_runtime::{Idempotency, idempotent};
 use serde::{Deserialize, Serialize};
 
-use crate::support::{answers_and_replays, at, idem, post, under};
+use crate::support::{answers_and_replays, at, idem, post, under, with};
 
 trait Database: Send + Sync {
     fn name() -> &'static str;
@@ -242,6 +244,66 @@ async fn functions_come_out_of_declarative_macros() {
     answers_and_replays(&app, under("k-1", post("/", "a"))).await;
     let app = at("/", routing::post(by_block));
     assert_eq!(answers_and_replays(&app, post("/", "a")).await.text(), "a");
+}
+
+pub(crate) use idem_runtime as reexported;
+
+pub(crate) mod declared {
+    use std::time::Duration;
+
+    use idem_runtime::Anchor;
+
+    pub(crate) const BY_HEADER: Anchor = Anchor::header("Idempotency-Key");
+    pub(crate) const HOUR: Duration = Duration::from_secs(3600);
+}
+
+/// Every option out of a fragment of the kind that fits it.
+macro_rules! configured {
+    (
+        $name:ident: $header:literal, $ttl:literal, $lease:path, $space:expr, $recorded:ident,
+        $state:ty, $scope:expr, $body:expr
+    ) => {
+        #[idempotent(
+            anchor = ($crate::functions::declared::BY_HEADER, header($header)),
+            ttl = $ttl,
+            lease = $lease,
+            space = $space,
+            record = $recorded,
+            scope = arg($scope),
+            state = $state,
+            crate = $crate::functions::reexported,
+        )]
+        #[tracing::instrument(skip_all)]
+        async fn $name(headers: HeaderMap, body: String) -> String {
+            tracing::trace!(headers = headers.len());
+            drop(headers);
+            body + $body
+        }
+    };
+    ($name:ident by $anchor:path) => {
+        configured!($name by expression $anchor);
+    };
+    ($name:ident by expression $anchor:expr) => {
+        #[idempotent(anchor = $anchor)]
+        async fn $name(body: String) -> String {
+            body
+        }
+    };
+}
+
+configured!(
+    by_fragments: "X-Order", "1h", declared::HOUR, "orders", final, Idempotency, "everybody", "!"
+);
+configured!(by_path by declared::BY_HEADER);
+configured!(by_expression by expression declared::BY_HEADER);
+
+#[tokio::test]
+async fn options_come_out_of_declarative_macros() {
+    let app = at("/", routing::post(by_fragments));
+    let request = with(post("/", "a"), "x-order", "7");
+    assert_eq!(answers_and_replays(&app, request).await.text(), "a!");
+    answers_and_replays(&at("/", routing::post(by_path)), post("/", "a")).await;
+    answers_and_replays(&at("/", routing::post(by_expression)), post("/", "a")).await;
 }
 
 /// A resource whose handlers a trait makes possible: the associated function is the handler.
