@@ -87,15 +87,16 @@ pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let probe = function.streaming_probe();
     let run = function.run();
 
+    // With the braces of the user's: rustc takes a function for generated that ends elsewhere, and
+    // no longer says, among others, that nobody uses it.
+    let body = quote_spanned!(here=> #policy #checks #probe #run);
+    let mut block = Group::new(Delimiter::Brace, body);
+    block.set_span(checked.handler.body.span());
+
     let CheckedHandler { attributes, visibility, .. } = &checked.handler;
     quote_spanned! {here=>
         #(#attributes)*
-        #visibility #signature {
-            #policy
-            #checks
-            #probe
-            #run
-        }
+        #visibility #signature #block
     }
 }
 

@@ -102,7 +102,10 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
     let last = earlier.pop();
 
     let returns = match std::mem::replace(&mut signature.output, ReturnType::Default) {
-        ReturnType::Default => Returns::Named(syn::parse_quote!(())),
+        // Where it would stand.
+        ReturnType::Default => {
+            Returns::Named(syn::parse_quote_spanned!(signature.paren_token.span.close()=> ()))
+        }
         ReturnType::Type(_, ty) if says_impl(&ty) => Returns::Opaque(*ty),
         ReturnType::Type(_, ty) => Returns::Named(*ty),
     };

@@ -127,6 +127,27 @@ async fn nested_pattern_in_the_anchor(
     format!("{left} {}", note.is_some())
 }
 
+#[idempotent(anchor = arg(whole.amount, first))]
+async fn bound_twice(
+    Path((mut first, Word::<1>(second))): Path<(u64, Word<1>)>,
+    Query(Page { mut page }): Query<Page>,
+    Json(ref whole @ Payment { amount, .. }): Json<Payment>,
+) -> String {
+    first += 1;
+    page += 1;
+    format!("{first} {second} {page} {amount} {}", whole.amount)
+}
+
+#[derive(Deserialize)]
+struct Word<const LENGTH: usize>(String);
+
+#[tokio::test]
+async fn patterns_bind_the_whole_and_its_parts() {
+    let app = at("/{first}/{second}", routing::post(bound_twice));
+    let answer = answers_and_replays(&app, post("/1/a?page=2", r#"{"amount":5}"#)).await;
+    assert_eq!(answer.text(), "2 a 3 5 5");
+}
+
 #[tokio::test]
 async fn patterns_take_arguments_apart() {
     let body = r#"{"amount":5,"note":{"text":"rent"}}"#;
