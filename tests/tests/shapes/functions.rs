@@ -117,7 +117,7 @@ mod elsewhere {
     pub(crate) mod deeper {
         /// Documented, public, and found through two re-exports.
         #[super::idempotent(anchor = header("Idempotency-Key"))]
-        #[must_use]
+        #[must_use = "it is a future"]
         #[inline]
         pub(crate) async fn create(body: String) -> String {
             body
