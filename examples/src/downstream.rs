@@ -5,7 +5,7 @@
 //! changes nothing. Like any provider it does not notice when its caller hangs up.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -29,6 +29,8 @@ struct Inner {
     behaviour: Behaviour,
     calls: u64,
     done: HashSet<(&'static str, String)>,
+    /// Who was first where there is room for one.
+    places: HashMap<(&'static str, String), String>,
     effects: BTreeMap<&'static str, u64>,
 }
 
@@ -62,6 +64,11 @@ impl Failure {
     pub fn is_refusal(&self) -> bool {
         self.0.is_client_error()
     }
+
+    /// Whether it says that somebody else was first.
+    pub fn is_conflict(&self) -> bool {
+        self.0 == StatusCode::CONFLICT
+    }
 }
 
 impl Downstream {
@@ -71,9 +78,22 @@ impl Downstream {
     ///
     /// When it was told to fail.
     pub async fn call(&self, effect: &'static str, key: impl fmt::Display) -> Result<(), Failure> {
-        let (downstream, key) = (self.clone(), key.to_string());
-        let call = tokio::spawn(async move { downstream.answer(effect, key).await });
-        call.await.unwrap_or(Err(Failure(StatusCode::BAD_GATEWAY)))
+        self.send(effect, key.to_string(), None).await
+    }
+
+    /// Makes an effect happen where it can happen only once: a second one, under another key, is a
+    /// conflict.
+    ///
+    /// # Errors
+    ///
+    /// When it happened there before, or it was told to fail.
+    pub async fn call_at(
+        &self,
+        place: impl fmt::Display,
+        effect: &'static str,
+        key: impl fmt::Display,
+    ) -> Result<(), Failure> {
+        self.send(effect, key.to_string(), Some(place.to_string())).await
     }
 
     /// Counts an effect of the server's own.
@@ -81,17 +101,19 @@ impl Downstream {
         self.inner().happened(effect);
     }
 
-    async fn answer(&self, effect: &'static str, key: String) -> Result<(), Failure> {
-        let (latency, failure, after_effect) = self.inner().begin();
-        tokio::time::sleep(latency).await;
-        let mut inner = self.inner();
-        let done = inner.done.contains(&(effect, key.clone()));
-        let failure = failure.filter(|failure| !(done && failure.is_refusal()));
-        if !done && (failure.is_none() || after_effect) {
-            inner.done.insert((effect, key));
-            inner.happened(effect);
-        }
-        failure.map_or(Ok(()), Err)
+    async fn send(
+        &self,
+        effect: &'static str,
+        key: String,
+        place: Option<String>,
+    ) -> Result<(), Failure> {
+        let downstream = self.clone();
+        let call = tokio::spawn(async move {
+            let (latency, failure, after_effect) = downstream.inner().begin();
+            tokio::time::sleep(latency).await;
+            downstream.inner().end(effect, key, place, failure, after_effect)
+        });
+        call.await.unwrap_or(Err(Failure(StatusCode::BAD_GATEWAY)))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -115,6 +137,34 @@ impl Inner {
         let failure = (fail > 0).then(|| StatusCode::from_u16(status).ok().map(Failure)).flatten();
         self.behaviour.fail = fail.saturating_sub(1);
         (Duration::from_millis(latency_ms), failure, after_effect)
+    }
+
+    /// What it answers.
+    fn end(
+        &mut self,
+        effect: &'static str,
+        key: String,
+        place: Option<String>,
+        failure: Option<Failure>,
+        after_effect: bool,
+    ) -> Result<(), Failure> {
+        let place = place.map(|place| (effect, place));
+        let first = place.as_ref().and_then(|place| self.places.get(place));
+        if first.is_some_and(|first| *first != key) {
+            return Err(Failure(StatusCode::CONFLICT));
+        }
+        let call = (effect, key);
+        let done = self.done.contains(&call);
+        // It happened: only an answer can be lost now.
+        let failure = failure.filter(|failure| !(done && failure.is_refusal()));
+        if !done && (failure.is_none() || after_effect) {
+            self.happened(effect);
+            if let Some(place) = place {
+                self.places.insert(place, call.1.clone());
+            }
+            self.done.insert(call);
+        }
+        failure.map_or(Ok(()), Err)
     }
 
     fn happened(&mut self, effect: &'static str) {
@@ -178,6 +228,17 @@ mod tests {
         assert_eq!(downstream.call("charge", "a").await, Ok(()));
         assert_eq!(charges(&downstream), 1);
         assert_eq!(downstream.call("charge", "b").await, Ok(()));
+        assert_eq!(charges(&downstream), 2);
+    }
+
+    #[tokio::test]
+    async fn a_place_is_taken_once() {
+        let downstream = Downstream::default();
+        assert_eq!(downstream.call_at("here", "charge", "a").await, Ok(()));
+        assert_eq!(downstream.call_at("here", "charge", "a").await, Ok(()));
+        let second = downstream.call_at("here", "charge", "b").await;
+        assert!(second.is_err_and(|failure| failure.is_conflict() && failure.is_refusal()));
+        assert_eq!(downstream.call_at("there", "charge", "b").await, Ok(()));
         assert_eq!(charges(&downstream), 2);
     }
 
