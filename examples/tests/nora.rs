@@ -1,6 +1,7 @@
 //! The sentences of Nora's document that speak of the server, each a test.
 
-#[cfg(test)]
+#![cfg(test)]
+
 mod common;
 
 use std::time::Duration;

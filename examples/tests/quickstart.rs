@@ -1,9 +1,10 @@
 //! What `quickstart` tells, and what its header promises.
 
-#[cfg(test)]
+#![cfg(test)]
+
 mod common;
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, time::Duration};
 
 use common::{Answer, Server, Shell, answer_lost, over_each_store, send, slow, sqlite};
 use reqwest::RequestBuilder;
@@ -155,6 +156,8 @@ async fn stopping_waits_for_the_handler_whose_client_hung_up() {
     let server = after_the_story(directory.path());
     server.behave(slow()).await;
     server.begin(payment(&server, "a", 1)).await.abort();
+    // The server must hear of it first, or it would wait for the connection instead.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(server.terminate());
     let server = after_the_story(directory.path());
     let before = server.effects("charges").await;

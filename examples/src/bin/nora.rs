@@ -120,8 +120,10 @@ async fn approve_burn(
     if intent.kind != Kind::Offramp {
         return Err(Error::new(StatusCode::CONFLICT, "not_a_burn", "an onramp burns nothing"));
     }
-    // A signed transaction is one transaction however often it is broadcast: no derived key.
-    app.downstream.call("burns", &approval.tx_signature).await.map_err(Error::of_burn)?;
+    // No derived key: the same signed bytes are the same transaction, however often they are sent.
+    // (Whether one signature may burn for two intents is the chain's business, not looked at here.)
+    let transaction = format!("{} {}", intent.id, approval.tx_signature);
+    app.downstream.call("burns", transaction).await.map_err(Error::of_burn)?;
     app.approve(&intent.id, approval.tx_signature).map(Json)
 }
 

@@ -26,7 +26,7 @@
 //! # charged once all the same, since it got the same derived key.
 //! curl -i http://127.0.0.1:3000/payments -H 'X-API-Key: alice' -H 'Idempotency-Key: order-2' \
 //!   -H 'Content-Type: application/json' -d '{"amount":250}'
-//! # What really happened: two charges.
+//! # What really happened: five charges in the story, and two more.
 //! curl -i http://127.0.0.1:3000/_effects
 //! ```
 //!
@@ -209,7 +209,7 @@ impl Story {
         self.expect_charges(1).await?;
 
         self.step("A duplicate is refused while the original runs; the original is not disturbed.");
-        self.behave(json!({ "latency_ms": 400 })).await?;
+        self.behave(json!({ "latency_ms": 800 })).await?;
         let original = self.start_paying("alice", "b", 200).await?;
         let duplicate = self.pay("alice", "b", 200).await?;
         self.expect("409 in_flight", duplicate.is(409, "in_flight"));
@@ -227,7 +227,7 @@ impl Story {
         self.expect_charges(3).await?;
 
         self.step("A client hangs up; the handler finishes all the same, and the retry replays.");
-        self.behave(json!({ "latency_ms": 400 })).await?;
+        self.behave(json!({ "latency_ms": 800 })).await?;
         self.start_paying("alice", "d", 400).await?.abort();
         println!("   alice {}-d  {{\"amount\":400}}  → (hangs up)", self.run);
         self.until("/_effects", "charges", 4).await?;

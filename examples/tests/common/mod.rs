@@ -258,7 +258,7 @@ pub(crate) fn answer_lost() -> Value {
     json!({ "fail": 1, "status": 504, "after_effect": true })
 }
 
-/// The downstream takes its time.
+/// The downstream takes long enough for a busy machine to send a few requests meanwhile.
 pub(crate) fn slow() -> Value {
-    json!({ "latency_ms": 300 })
+    json!({ "latency_ms": 1_000 })
 }
