@@ -34,7 +34,8 @@ struct Inner {
     effects: BTreeMap<&'static str, u64>,
 }
 
-/// How the downstream behaves; what `POST /_downstream` takes.
+/// How the downstream behaves; what `POST /_downstream` takes. What it does not say is as at the
+/// start.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Behaviour {

@@ -15,8 +15,8 @@ pub use crate::{
     switches::{StoreChoice, Switches},
 };
 
-/// What ends an example early.
-pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+/// A result whose error, where none is named, is whatever ends an example early.
+pub type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
 /// Ends a program, and tells its error with all the causes.
 pub fn exit(result: Result<()>) -> ExitCode {

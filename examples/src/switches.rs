@@ -8,10 +8,12 @@ use idem_runtime::store::{MemoryStore, SqliteStore, Store, StoreError};
 /// The switches that all examples take.
 #[derive(Args, Clone, Debug)]
 pub struct Switches {
-    /// The port on 127.0.0.1; 0 takes any that is free
+    /// The port on 127.0.0.1; 0 takes any that is free [default: 3000 for quickstart, 3001 for
+    /// nora, 3002 for pirate]
     #[arg(long)]
     pub port: Option<u16>,
-    /// Where idem keeps its records: `memory`, or `sqlite:PATH`
+    /// Where idem keeps its records: `memory`, or `sqlite:PATH` [default: sqlite:quickstart.db for
+    /// quickstart, memory for the others]
     #[arg(long, value_name = "STORE")]
     pub store: Option<StoreChoice>,
     /// Divides the documented times by so much, so that their ends can be watched

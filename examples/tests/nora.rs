@@ -237,6 +237,18 @@ mod intents {
     }
 
     #[tokio::test]
+    async fn a_rerun_after_a_lost_answer_makes_one_intent() {
+        for server in over_each_store(NORA) {
+            server.behave(answer_lost()).await;
+            send(intent(&server, ONRAMP, KEY, "10.00")).await.is_error(502, "uncertain");
+            let retry = send(intent(&server, ONRAMP, KEY, "10.00")).await;
+            retry.is_created();
+            send(intent(&server, ONRAMP, KEY, "10.00")).await.replays(&retry);
+            assert_eq!(server.effects("onramp_intents").await, 1);
+        }
+    }
+
+    #[tokio::test]
     async fn a_body_that_is_turned_away_does_not_use_the_key_up() {
         for server in over_each_store(NORA) {
             for amount in ["", "0", "-1", "1e3", "1.", "lots"] {
@@ -585,7 +597,7 @@ mod everything_else {
         let server = Server::start(NORA, &[]);
         let mut shell = Shell::new(&server, ADDRESS);
         let lines = Shell::lines_in(SOURCE);
-        let [onramp, offramp, approve, other, show, lost, party, effects] = &lines[..] else {
+        let [onramp, offramp, approve, other, show, rest @ ..] = &lines[..] else {
             panic!("other lines: {lines:#?}")
         };
         let original = shell.run(onramp).await;
@@ -596,11 +608,18 @@ mod everything_else {
         is_approved(&approved, "5VERYsigned");
         shell.run(other).await.is_error(409, "other_tx_signature");
         assert_eq!(shell.run(show).await.json(), approved.json());
-        assert_eq!(shell.run(lost).await.status, 200);
-        shell.run(offramp).await.is_error(502, "uncertain");
+
+        let [offramp, lose, lost, other, again, party, effects] = rest else {
+            panic!("other lines: {rest:#?}")
+        };
+        shell.run(offramp).await.is_created();
+        assert_eq!(shell.run(lose).await.status, 200);
+        shell.run(lost).await.is_error(502, "burn_uncertain");
+        shell.run(other).await.is_error(409, "other_tx_signature");
+        is_approved(&shell.run(again).await, "4lost");
         shell.run(party).await.is_created();
         let expected = json!({
-            "onramp_intents": 1, "offramp_intents": 2, "burns": 1, "parties": 1,
+            "onramp_intents": 1, "offramp_intents": 2, "burns": 2, "parties": 1,
         });
         assert_eq!(shell.run(effects).await.json(), expected);
     }

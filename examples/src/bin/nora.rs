@@ -18,7 +18,7 @@
 //! leaves open is a 502.
 //!
 //! ```sh
-//! cargo run -p examples --bin nora
+//! cargo run -p examples --bin nora     # `-- --time-scale 8640` makes the window ten seconds
 //!
 //! # Twice: the second is a replay. With another body too, and with the key in upper case.
 //! curl -i http://127.0.0.1:3001/v2/intents/onramp -H 'X-API-Key: acme-sandbox-1' \
@@ -34,9 +34,18 @@
 //!   -H 'Content-Type: application/json' -d '{"txSignature":"3another"}'
 //! curl -i http://127.0.0.1:3001/v2/intents/$ID -H 'X-API-Key: acme-sandbox-2'
 //!
-//! # The next approval is broadcast, and its answer lost.
+//! # Another burn, which is broadcast, but the answer is lost (502). Until it is known, no other
+//! # signature (409); the first one again finds out (200).
+//! LOST=$(curl -s http://127.0.0.1:3001/v2/intents/offramp -H 'X-API-Key: acme-sandbox-1' \
+//!   -H 'Content-Type: application/json' -d '{"amount":"30.00"}' | cut -d'"' -f4)
 //! curl -i http://127.0.0.1:3001/_downstream -H 'Content-Type: application/json' \
 //!   -d '{"fail":1,"status":504,"after_effect":true}'
+//! curl -i http://127.0.0.1:3001/v2/intents/$LOST/approve-burn -H 'X-API-Key: acme-sandbox-1' \
+//!   -H 'Content-Type: application/json' -d '{"txSignature":"4lost"}'
+//! curl -i http://127.0.0.1:3001/v2/intents/$LOST/approve-burn -H 'X-API-Key: acme-sandbox-2' \
+//!   -H 'Content-Type: application/json' -d '{"txSignature":"2fresh"}'
+//! curl -i http://127.0.0.1:3001/v2/intents/$LOST/approve-burn -H 'X-API-Key: acme-sandbox-1' \
+//!   -H 'Content-Type: application/json' -d '{"txSignature":"4lost"}'
 //!
 //! # A person is one party; a wallet is replaced in place.
 //! curl -i http://127.0.0.1:3001/v2/parties -H 'X-API-Key: acme-sandbox-1' \

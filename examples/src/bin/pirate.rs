@@ -21,7 +21,7 @@
 //! configuration that exists, and a mint that is taken are the other 409s.
 //!
 //! ```sh
-//! cargo run -p examples --bin pirate
+//! cargo run -p examples --bin pirate   # `-- --time-scale 8640` makes the 24 hours ten seconds
 //!
 //! # Twice: the same bytes. Without the Idempotency-Key: two pools.
 //! curl -i http://127.0.0.1:3002/v2/pools -H 'Authorization: Bearer blackbeard' \

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Records are kept in `quickstart.db`, here: stop the server, start it again, and a retry is still
-//! a replay. `--store memory` keeps them in the process. What to type while it serves:
+//! a replay. `--store memory` keeps them in the process, `--time-scale 8640` lets them expire after
+//! ten seconds instead of a day. What to type while it serves:
 //!
 //! ```sh
 //! # Twice: the second answer has the same bytes, and `idempotent-replayed: true`.
@@ -56,7 +57,7 @@ async fn create_payment(
     State(bank): State<Downstream>,
     operation: Operation,
     Json(payment): Json<Payment>,
-) -> std::result::Result<(StatusCode, Json<Receipt>), Unpaid> {
+) -> Result<(StatusCode, Json<Receipt>), Unpaid> {
     // The same key in every attempt: should this handler ever run again, the bank knows.
     let charge = operation.derive("charge");
     bank.call("charges", charge).await?;
