@@ -232,7 +232,7 @@ async fn bind_wallet(
 
 #[derive(Clone, FromRef)]
 struct App {
-    engine: Idempotency,
+    idem: Idempotency,
     downstream: Downstream,
     books: Arc<Mutex<Books>>,
 }
@@ -504,7 +504,7 @@ async fn run(switches: Switches) -> examples::Result<()> {
         .route("/v2/parties/{id}", get(show_party))
         .route("/v2/parties/{id}/wallet", patch(bind_wallet))
         .merge(downstream.routes())
-        .with_state(App { engine: engine.clone(), downstream, books: Arc::default() });
+        .with_state(App { idem: engine.clone(), downstream, books: Arc::default() });
 
     let server = Server::bind(switches.port.unwrap_or(3001)).await?;
     println!("nora listens on {}, records in {store}", server.url());

@@ -211,7 +211,7 @@ struct Submission {
 
 #[derive(Clone, FromRef)]
 struct App {
-    engine: Idempotency,
+    idem: Idempotency,
     chain: Downstream,
     objects: Arc<Mutex<Vec<Object>>>,
 }
@@ -381,7 +381,7 @@ async fn run(switches: Switches) -> examples::Result<()> {
         .record(Recording::Final)
         .refusals(refusals)
         .build();
-    let app = App { engine: engine.clone(), chain: Downstream::default(), objects: Arc::default() };
+    let app = App { idem: engine.clone(), chain: Downstream::default(), objects: Arc::default() };
     app.keep("pools", Principal(API_KEYS[0]), &json!({ "address": "POOL_ADDRESS" }));
     let routes = Router::new()
         .route("/v2/pools", list("pools").post(create_pool))

@@ -97,11 +97,12 @@ impl IntoResponse for Unpaid {
 
 #[derive(Clone, FromRef)]
 struct App {
-    engine: Idempotency,
+    idem: Idempotency,
     bank: Downstream,
 }
 
-/// How long an answer is replayed.
+/// How long an answer is replayed. The engine says it, and not `ttl = "24h"` at the handler, so that
+/// `--time-scale` can divide it.
 const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A payments server whose one handler is safe to retry
@@ -129,7 +130,7 @@ async fn run(Command { switches, once }: Command) -> Result<()> {
     let app = Router::new()
         .route("/payments", post(create_payment))
         .merge(bank.routes())
-        .with_state(App { engine: engine.clone(), bank });
+        .with_state(App { idem: engine.clone(), bank });
 
     let server = Server::bind(switches.port.unwrap_or(3000)).await?;
     let url = server.url();
