@@ -629,6 +629,9 @@ impl<'a> AnchorRequest<'a> {
     /// When the body is not JSON, a name stands twice on the path, or the value is an object or an
     /// array.
     pub fn body_field(&self, path: &'static str) -> Result<Option<String>, AnchorError> {
+        if self.body.is_empty() {
+            return Ok(None);
+        }
         if self.is_form() {
             return Ok(the_one_pair(self.body, path)?.map(Cow::into_owned));
         }
