@@ -29,6 +29,7 @@ on_both_stores! {
     what_speaks_to_one_caller_or_of_one_moment_is_given_once,
     an_engine_can_leave_out_more_headers_and_keep_others,
     a_replay_does_not_extend_the_time_to_live,
+    the_time_to_live_counts_from_the_answer,
     without_a_time_to_live_of_its_own_an_answer_is_kept_for_a_day,
     an_answer_kept_for_ever_has_no_end,
     what_a_handler_says_wins_over_its_anchor_and_that_over_the_engine,
@@ -184,6 +185,26 @@ async fn a_replay_does_not_extend_the_time_to_live(bench: Bench) {
     bench.pass(Duration::from_millis(2));
     send(server.post("/payments", "k", "200")).await.assert_is(201, "2 200", false);
     assert_eq!(bench.effects.count(), 2);
+}
+
+async fn the_time_to_live_counts_from_the_answer(bench: Bench) {
+    let gate = Gate::default();
+    // One that is shorter than the lease, and one that is longer.
+    for ttl in [Duration::from_secs(1), HOUR] {
+        let (bench, key) = (bench.anew(), format!("{ttl:?}"));
+        let server = bench.serve(KEY.ttl(ttl), gate.handler(&bench.effects)).await;
+        let first = tokio::spawn(send(server.post("/", &key, "")));
+        gate.begun().await;
+        bench.pass(ttl / 2);
+        gate.end();
+        first.await.unwrap().assert_is(200, "effect 1", false);
+        bench.pass(ttl - Duration::from_millis(1));
+        send(server.post("/", &key, "")).await.assert_is(200, "effect 1", true);
+        bench.pass(Duration::from_millis(1));
+        gate.end();
+        send(server.post("/", &key, "")).await.assert_is(200, "effect 2", false);
+        gate.begun().await;
+    }
 }
 
 async fn without_a_time_to_live_of_its_own_an_answer_is_kept_for_a_day(bench: Bench) {
