@@ -48,10 +48,13 @@ impl<T: Send + 'static> Future for FinishAnyway<T> {
             // and outside the request's span.
             this.started = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
         }
-        let Some(work) = this.work.as_mut() else { return Poll::Pending };
-        let answer = std::task::ready!(work.poll_unpin(cx));
-        this.work = None;
-        Poll::Ready(answer)
+        // Taken out while it is polled: work that panics is over, and cannot go on elsewhere.
+        let Some(mut work) = this.work.take() else { return Poll::Pending };
+        let answer = work.poll_unpin(cx);
+        if answer.is_pending() {
+            this.work = Some(work);
+        }
+        answer
     }
 }
 

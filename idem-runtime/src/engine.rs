@@ -372,9 +372,22 @@ pub(crate) struct Call {
     pub(crate) policy: Resolved,
 }
 
-/// Computes the request's fingerprint under the scheme of an older record; `None` where this
-/// release does not know the scheme.
-pub(crate) type UnderScheme<'a> = &'a (dyn Fn(&str) -> Option<Fingerprint> + Send + Sync);
+/// A request that can be compared with the record of another deploy.
+pub(crate) trait Comparable: Send {
+    /// What it is under the scheme of a record. It may have to read the body first, which the
+    /// handler's own scheme did not need.
+    fn under_scheme<'a>(&'a mut self, scheme: &'a str) -> BoxFuture<'a, Compared>;
+}
+
+/// What a request is under another scheme than its handler's.
+pub(crate) enum Compared {
+    /// It has this fingerprint.
+    Fingerprint(Fingerprint),
+    /// It is not one that could have been recorded under that scheme.
+    Other,
+    /// It cannot be said.
+    Unable(RefusalKind),
+}
 
 /// What the engine says to a request.
 pub(crate) enum Admission {
@@ -434,7 +447,7 @@ impl Shared {
     pub(crate) async fn admit(
         self: &Arc<Self>,
         call: &Call,
-        under_scheme: UnderScheme<'_>,
+        request: &mut dyn Comparable,
     ) -> Admission {
         if self.background.len() >= self.limits.detached {
             return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
@@ -463,23 +476,24 @@ impl Shared {
                 Err(error) => return self.outage(call, &claim, &error),
             };
             let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
-                true => claim.fingerprint.clone(),
-                false => match under_scheme(&record.fingerprint.scheme) {
-                    Some(fingerprint) => fingerprint,
-                    None => {
-                        let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                        return self.refuse(call, refusal.about(record.operation_id), None);
+                true => Some(claim.fingerprint.clone()),
+                false => match request.under_scheme(&record.fingerprint.scheme).await {
+                    Compared::Fingerprint(fingerprint) => Some(fingerprint),
+                    Compared::Other => None,
+                    Compared::Unable(kind) => {
+                        let refusal = Refusal::new(kind).about(record.operation_id);
+                        return self.refuse(call, refusal, None);
                     }
                 },
             };
             let asked = Asked {
-                same: ours == record.fingerprint,
+                same: ours.as_ref() == Some(&record.fingerprint),
                 issued_only: false,
                 on_unknown: call.policy.on_unknown,
             };
             let kind = match decide(record.seen(), asked) {
                 Decision::Run => {
-                    claim.fingerprint = ours;
+                    claim.fingerprint = ours.unwrap_or(claim.fingerprint);
                     continue;
                 }
                 Decision::Replay => return self.replay(call, &record),
