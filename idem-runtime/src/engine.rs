@@ -5,6 +5,7 @@
 
 use std::{
     fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -394,8 +395,19 @@ impl Shared {
         &self,
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        match timeout(self.limits.store_timeout, call).await {
-            Ok(answer) => answer,
+        self.ask_for(self.limits.store_timeout, call).await
+    }
+
+    /// One call of the store, bounded by a time of its own. A store that panics is as good as one
+    /// that cannot be reached: its call may have been made or not.
+    pub(crate) async fn ask_for<T>(
+        &self,
+        at_most: Duration,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        match timeout(at_most, AssertUnwindSafe(call).catch_unwind()).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(StoreError::new("idem", StoreErrorKind::Unreachable)),
             Err(_) => Err(StoreError::new("idem", StoreErrorKind::TimedOut)),
         }
     }
@@ -407,7 +419,7 @@ impl Shared {
         outcome: Outcome,
         error: Option<&StoreError>,
     ) {
-        self.observer.observe(&Event {
+        self.observe(&Event {
             outcome,
             operation,
             operation_id: attempt.map(|attempt| attempt.id),
@@ -415,6 +427,13 @@ impl Shared {
             error,
             enforced: true,
         });
+    }
+
+    /// Tells the observer. One that panics must not take a record, or all leases, along.
+    pub(crate) fn observe(&self, event: &Event<'_>) {
+        if catch_unwind(AssertUnwindSafe(|| self.observer.observe(event))).is_err() {
+            tracing::error!("the observer panicked");
+        }
     }
 
     /// Lets work go on although nobody waits for it.
@@ -532,7 +551,7 @@ impl Shared {
     }
 
     fn refuse(&self, call: &Call, refusal: Refusal, error: Option<&StoreError>) -> Admission {
-        self.observer.observe(&Event {
+        self.observe(&Event {
             outcome: Outcome::Refused(refusal.kind()),
             operation: &call.operation,
             operation_id: refusal.operation_id(),

@@ -236,7 +236,7 @@ impl Exchange {
     }
 
     fn tell(&self, outcome: Outcome, operation_id: Option<OperationId>) {
-        self.shared.observer.observe(&Event {
+        self.shared.observe(&Event {
             outcome,
             operation: self.endpoint.text(),
             operation_id,
@@ -336,16 +336,27 @@ impl Exchange {
             Content::Untouched(body) => body,
         };
         let request = Request::from_parts(head, body);
-        let work = carried(&shared, async move { runner(request).await }.boxed());
-        let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(Some(Ran::Answered(response))) => weigh(&shared, &policy, response).await,
-            Ok(Some(Ran::Rejected(response))) => (response, End::Forget),
-            Ok(None) | Err(_) => {
-                let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(operation_id);
-                (shared.render(&policy, refusal).map(Body::from), End::Release)
+        // Everything of the application's is in here, up to the last piece of its response's body.
+        let work = async {
+            match carried(&shared, async move { runner(request).await }.boxed()).await? {
+                Ran::Answered(response) => Some(weigh(&shared, &policy, response).await),
+                Ran::Rejected(response) => Some((response, End::Forget)),
             }
         };
+        let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
+            Ok(Some((response, end))) => (Some(response), end),
+            // Where idem only observes, a panic is the server's own affair.
+            Err(panic) if policy.mode == Mode::Observe => {
+                let _ = run.end(End::Release).await;
+                std::panic::resume_unwind(panic);
+            }
+            Ok(None) | Err(_) => (None, End::Release),
+        };
         let (ended, outcome) = run.end(end).await;
+        let response = response.unwrap_or_else(|| {
+            let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(operation_id);
+            shared.render(&policy, refusal).map(Body::from)
+        });
         let exchange = |refusal: Refusal| shared.render(&policy, refusal).map(Body::from);
         let (mut response, operation_id) = match ended {
             _ if policy.mode != Mode::Enforce => (response, operation_id),
