@@ -30,7 +30,7 @@ use crate::{
     policy::{Options, Resolved},
     record::{FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl},
     refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals},
-    store::{Claim, Claimed, Completion, Store, StoreError, StoreErrorKind, Written},
+    store::{Claim, Claimed, Completion, Renewal, Store, StoreError, StoreErrorKind, Written},
 };
 
 /// The engine: one for an application, in its router's state.
@@ -473,10 +473,18 @@ impl Shared {
         // A record under another scheme may be claimable with the fingerprint of that scheme, and
         // may have changed when it is asked for again. Each turn is one atomic claim; a key that
         // changes this often is in flight.
+        let mut late = false;
         for _ in 0..4 {
+            let asked_at = Instant::now();
             let record = match self.claim(&claim).await {
+                // Whether the lease is still alive when its answer comes this late, only the store
+                // can say: under the same token it is the same claim.
+                Ok(Claimed::Granted(_)) if asked_at.elapsed() >= claim.lease / 2 => {
+                    late = true;
+                    continue;
+                }
                 Ok(Claimed::Granted(record)) => {
-                    return Admission::Run(self.granted(call, &claim, &record));
+                    return Admission::Run(self.granted(call, &claim, &record, asked_at).await);
                 }
                 Ok(Claimed::Found(record)) => record,
                 Err(error) => return self.outage(call, &claim, &error),
@@ -511,28 +519,46 @@ impl Shared {
             };
             return self.refuse(call, Refusal::new(kind).about(record.operation_id), None);
         }
+        if late {
+            let too_late = StoreError::new("idem", StoreErrorKind::TimedOut);
+            return self.outage(call, &claim, &too_late);
+        }
         self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
     }
 
     /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
     async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
-        let deadline = Instant::now() + self.limits.store_timeout;
+        let since = Instant::now();
         match self.ask(self.store.claim(claim)).await {
-            Err(error) if error.kind().is_transient() && Instant::now() < deadline => {
+            Err(error)
+                if error.kind().is_transient() && since.elapsed() < self.limits.store_timeout =>
+            {
                 self.ask(self.store.claim(claim)).await
             }
             answer => answer,
         }
     }
 
-    fn granted(self: &Arc<Self>, call: &Call, claim: &Claim, record: &Record) -> Run {
+    async fn granted(
+        self: &Arc<Self>,
+        call: &Call,
+        claim: &Claim,
+        record: &Record,
+        since: Instant,
+    ) -> Run {
         let attempt = Attempt::new(record.operation_id, record.attempt);
-        self.leases.hold(self, claim.key, claim.token, claim.lease, &claim.operation, &attempt);
+        let (key, token, lease) = (claim.key, claim.token, claim.lease);
+        let renewal = Renewal { key, token, lease };
+        let must_yield = self.leases.hold(self, renewal, since, &claim.operation, &attempt);
+        let held = Held { shared: Arc::clone(self), token };
+        if must_yield {
+            tokio::task::yield_now().await;
+        }
         Run {
-            held: Held { shared: Arc::clone(self), token: claim.token },
-            key: claim.key,
+            held,
+            key,
             ttl: call.policy.ttl,
-            lease: call.policy.lease,
+            lease,
             operation: Arc::clone(&claim.operation),
             fingerprint: claim.fingerprint.clone(),
             attempt,
@@ -567,7 +593,7 @@ impl Shared {
     fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: &StoreError) -> Admission {
         if error.kind().is_transient() {
             let (shared, key, token) = (Arc::clone(self), claim.key, claim.token);
-            let give_up = Instant::now() + claim.lease;
+            let give_up = later(Instant::now(), claim.lease);
             self.go_on(&Handle::current(), async move {
                 let _ = shared.write(give_up, || shared.store.release(&key, &token)).await;
             });
@@ -673,6 +699,7 @@ impl Run {
         let shared = Arc::clone(&self.held.shared);
         let (operation, attempt) = (Arc::clone(&self.operation), Arc::clone(&self.attempt));
         let outcome = end.outcome();
+        attempt.begin_to_end();
         let mut writing = self.write(end).boxed();
         let (ended, outcome, error) = match timeout(shared.limits.record_wait, &mut writing).await {
             Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
@@ -692,10 +719,9 @@ impl Run {
         let (shared, token) = (&self.held.shared, self.held.token);
         let (now, key) = (Instant::now(), self.key);
         let time_is_over = match self.ttl {
-            Ttl::For(ttl) => now.checked_add(ttl),
-            Ttl::Forever => None,
+            Ttl::For(ttl) => later(now, ttl),
+            Ttl::Forever => later(now, FOR_EVER),
         };
-        let time_is_over = time_is_over.unwrap_or_else(|| now + FOR_EVER);
         let nothing_happened = matches!(end, End::Forget);
         let written = match end {
             End::Complete(payload) => {
@@ -716,7 +742,7 @@ impl Run {
             // end of the lease says the same.
             End::Release => {
                 shared.leases.let_go(&token);
-                shared.write(now + self.lease, || shared.store.release(&key, &token)).await
+                shared.write(later(now, self.lease), || shared.store.release(&key, &token)).await
             }
             End::Forget => {
                 shared.leases.let_go(&token);
@@ -750,6 +776,11 @@ impl Run {
 
 /// Longer than any process runs.
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// An instant so much later, for durations up to "never".
+pub(crate) fn later(instant: Instant, by: Duration) -> Instant {
+    instant.checked_add(by.min(FOR_EVER)).unwrap_or(instant)
+}
 
 /// A response's payload with nothing but its status.
 fn without_body(payload: &Bytes) -> Bytes {
