@@ -19,6 +19,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use crate::{
     anchor::Scope,
@@ -77,8 +78,10 @@ pub(crate) struct Shared {
     pub(crate) left_out: Vec<HeaderName>,
     pub(crate) carry: Option<Carry>,
     pub(crate) leases: Leases,
-    /// Work that goes on although nobody waits for it.
+    /// Handlers and unfinished records that go on although nobody waits for them.
     background: TaskTracker,
+    /// Claims that nobody knows to be granted, being taken back.
+    taken_back: TaskTracker,
     pub(crate) warned_of_outer_headers: AtomicBool,
 }
 
@@ -198,11 +201,20 @@ impl Idempotency {
     /// Nothing is cancelled: what is not finished in time ends with the runtime, as in a crash, and
     /// its key is free again after the lease.
     pub async fn drain(&self, at_most: Duration) -> bool {
-        self.shared.background.close();
-        let drained = timeout(at_most, self.shared.background.wait()).await.is_ok();
-        self.shared.background.reopen();
-        drained
+        // What goes on may leave a record behind it, which is counted before its task ends.
+        let all = async {
+            self.shared.background.wait().await;
+            self.shared.taken_back.wait().await;
+        };
+        timeout(at_most, all).await.is_ok()
     }
+}
+
+/// A tracker that can be waited for at any time; work is still let in.
+fn closed() -> TaskTracker {
+    let tracker = TaskTracker::new();
+    tracker.close();
+    tracker
 }
 
 impl Builder<Unscoped> {
@@ -239,7 +251,8 @@ impl Builder<Scoped> {
                 left_out: self.left_out,
                 carry: self.carry,
                 leases: Leases::default(),
-                background: TaskTracker::new(),
+                background: closed(),
+                taken_back: closed(),
                 warned_of_outer_headers: AtomicBool::new(false),
             }),
         }
@@ -325,10 +338,10 @@ impl<S> Builder<S> {
         self
     }
 
-    /// How many handlers whose clients hung up may be running before new requests are refused.
-    /// Default: 1,024.
-    pub fn detached_limit(mut self, handlers: usize) -> Self {
-        self.limits.detached = handlers;
+    /// How many handlers whose clients hung up may be running, and answers waiting to be recorded,
+    /// before new requests are refused. Default: 1,024.
+    pub fn detached_limit(mut self, at_most: usize) -> Self {
+        self.limits.detached = at_most;
         self
     }
 
@@ -588,15 +601,10 @@ impl Shared {
         Admission::Refuse(refusal)
     }
 
-    /// The claim failed. It may have been granted all the same, so it is released in the
-    /// background: the next request need not wait for the lease to end.
+    /// The claim failed: it is taken back in the background, and the request refused.
     fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: &StoreError) -> Admission {
         if error.kind().is_transient() {
-            let (shared, key, token) = (Arc::clone(self), claim.key, claim.token);
-            let give_up = later(Instant::now(), claim.lease);
-            self.go_on(&Handle::current(), async move {
-                let _ = shared.write(give_up, || shared.store.release(&key, &token)).await;
-            });
+            self.take_back(claim);
         }
         let kind = match error.kind() {
             StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
@@ -616,12 +624,34 @@ impl Shared {
         self.refuse(call, Refusal::new(kind), Some(error))
     }
 
-    /// Writes the end of a claim until the store has answered or the time is over.
-    async fn write<'a>(
+    /// Takes back a claim that may have been granted and under which nothing ran, so that the next
+    /// request need not wait for the lease to end.
+    fn take_back(self: &Arc<Self>, claim: &Claim) {
+        // In a long outage these would pile up; the leases' ends do the same.
+        if self.taken_back.len() >= self.limits.detached {
+            return;
+        }
+        let (shared, key, token) = (Arc::clone(self), claim.key, claim.token);
+        let give_up = later(Instant::now(), claim.lease);
+        let work = async move {
+            let record = shared.persist(give_up, || shared.store.read(&key)).await;
+            let granted = |record: &Record| record.token == token && record.state == State::Running;
+            let Ok(Some(record)) = record.map(|record| record.filter(granted)) else { return };
+            // What an earlier attempt left behind must stay.
+            let _ = match record.attempt {
+                1 => shared.persist(give_up, || shared.store.forget(&key, &token)).await,
+                _ => shared.persist(give_up, || shared.store.release(&key, &token)).await,
+            };
+        };
+        self.taken_back.spawn_on(work.in_current_span(), &Handle::current());
+    }
+
+    /// Calls the store until it has answered or the time is over.
+    async fn persist<'a, T>(
         &self,
         give_up: Instant,
-        attempt: impl Fn() -> BoxFuture<'a, Result<Written, StoreError>>,
-    ) -> Result<Written, StoreError> {
+        attempt: impl Fn() -> BoxFuture<'a, Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
         let mut pauses = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(25))
             .with_max_delay(Duration::from_secs(10))
@@ -630,7 +660,7 @@ impl Shared {
             .build();
         loop {
             let error = match self.ask(attempt()).await {
-                Ok(written) => return Ok(written),
+                Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
             // Trying the same again cannot make it smaller.
@@ -726,27 +756,27 @@ impl Run {
         let written = match end {
             End::Complete(payload) => {
                 let whole = self.completion(Flags::NONE, payload);
-                match shared.write(time_is_over, || shared.store.complete(&whole)).await {
+                match shared.persist(time_is_over, || shared.store.complete(&whole)).await {
                     Err(error) if error.kind() == StoreErrorKind::TooLarge => {
                         let fact = self.completion(Flags::TOMBSTONE, without_body(&whole.payload));
-                        shared.write(time_is_over, || shared.store.complete(&fact)).await
+                        shared.persist(time_is_over, || shared.store.complete(&fact)).await
                     }
                     written => written,
                 }
             }
             End::Tombstone(payload) => {
                 let fact = self.completion(Flags::TOMBSTONE, payload);
-                shared.write(time_is_over, || shared.store.complete(&fact)).await
+                shared.persist(time_is_over, || shared.store.complete(&fact)).await
             }
             // A claim that is to be given up is not renewed: if the store does not hear of it, the
             // end of the lease says the same.
             End::Release => {
                 shared.leases.let_go(&token);
-                shared.write(later(now, self.lease), || shared.store.release(&key, &token)).await
+                shared.persist(later(now, self.lease), || shared.store.release(&key, &token)).await
             }
             End::Forget => {
                 shared.leases.let_go(&token);
-                shared.write(time_is_over, || shared.store.forget(&key, &token)).await
+                shared.persist(time_is_over, || shared.store.forget(&key, &token)).await
             }
         }?;
         Ok(match written {
@@ -808,13 +838,14 @@ impl Shared {
         attempt: Arc<Attempt>,
     ) {
         let shared = Arc::clone(self);
-        self.go_on(&Handle::current(), async move {
+        let work = async move {
             let (outcome, error) = match writing.await {
                 Ok(Ended::Own) => (Outcome::RecordCaughtUp, None),
                 Ok(Ended::Theirs(..) | Ended::Lost) => (Outcome::LeaseLost, None),
                 Err(error) => (Outcome::RecordLost, Some(error)),
             };
             shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
-        });
+        };
+        self.go_on(&Handle::current(), work.in_current_span());
     }
 }
