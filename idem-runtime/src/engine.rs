@@ -720,6 +720,9 @@ pub(crate) enum Ended {
     Theirs(RecordedResponse, OperationId),
     /// That another attempt took over.
     Lost,
+    /// Its own response, although its record is gone: nobody else has an answer, and to send the
+    /// client away would have it repeat what was done.
+    Unrecorded,
 }
 
 impl Run {
@@ -728,6 +731,12 @@ impl Run {
     pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
         let shared = Arc::clone(&self.held.shared);
         let (operation, attempt) = (Arc::clone(&self.operation), Arc::clone(&self.attempt));
+        // That nothing happened now says nothing of what an earlier attempt did: its operation id
+        // must be there for the next one.
+        let end = match end {
+            End::Forget if attempt.number > 1 => End::Release,
+            end => end,
+        };
         let outcome = end.outcome();
         attempt.begin_to_end();
         let mut writing = self.write(end).boxed();
@@ -735,7 +744,8 @@ impl Run {
             Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
             Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
             Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
-            Ok(Err(error)) => (Ended::Own, Outcome::RecordLost, Some(error)),
+            Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
+            Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
             Err(_) => {
                 shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));
                 (Ended::Own, Outcome::RecordDelayed, None)
@@ -752,7 +762,7 @@ impl Run {
             Ttl::For(ttl) => later(now, ttl),
             Ttl::Forever => later(now, FOR_EVER),
         };
-        let nothing_happened = matches!(end, End::Forget);
+        let leaves_an_answer = matches!(end, End::Complete(_) | End::Tombstone(_));
         let written = match end {
             End::Complete(payload) => {
                 let whole = self.completion(Flags::NONE, payload);
@@ -781,9 +791,12 @@ impl Run {
         }?;
         Ok(match written {
             Written::Done => Ended::Own,
-            Written::Gone if nothing_happened => Ended::Own,
-            Written::Gone => Ended::Lost,
-            Written::Fenced(record) => self.theirs(&record),
+            Written::Gone if leaves_an_answer => Ended::Unrecorded,
+            Written::Gone => Ended::Own,
+            Written::Fenced(record) => {
+                self.attempt.lose();
+                self.theirs(&record)
+            }
         })
     }
 
@@ -842,6 +855,7 @@ impl Shared {
             let (outcome, error) = match writing.await {
                 Ok(Ended::Own) => (Outcome::RecordCaughtUp, None),
                 Ok(Ended::Theirs(..) | Ended::Lost) => (Outcome::LeaseLost, None),
+                Ok(Ended::Unrecorded) => (Outcome::RecordLost, None),
                 Err(error) => (Outcome::RecordLost, Some(error)),
             };
             shared.tell(&operation, Some(&attempt), outcome, error.as_ref());

@@ -360,7 +360,7 @@ impl Exchange {
         let exchange = |refusal: Refusal| shared.render(&policy, refusal).map(Body::from);
         let (mut response, operation_id) = match ended {
             _ if policy.mode != Mode::Enforce => (response, operation_id),
-            Ended::Own => (response, operation_id),
+            Ended::Own | Ended::Unrecorded => (response, operation_id),
             Ended::Theirs(theirs, id) => match replayed(theirs) {
                 Some(response) => (response, id),
                 None => (exchange(Refusal::new(RefusalKind::LeaseLost).about(id)), id),
