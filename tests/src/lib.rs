@@ -3,5 +3,7 @@
 
 #![expect(clippy::expect_used, reason = "what cannot be set up fails the test that needs it")]
 
+pub mod faults;
 pub mod server;
+pub mod shop;
 pub mod stores;

@@ -253,7 +253,7 @@ impl Exchange {
     }
 
     fn tell(&self, outcome: Outcome, operation_id: Option<OperationId>) {
-        self.shared.observer.observe(&Event {
+        self.shared.observe(&Event {
             outcome,
             operation: self.endpoint.text(),
             operation_id,
@@ -341,28 +341,33 @@ impl Exchange {
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
         let request = Request::from_parts(head, body.into_body());
-        let work = carried(&shared, async move { runner(request).await }.boxed());
+        // Everything of the application's is in here, up to the last piece of its response's body.
+        let work = async {
+            match carried(&shared, async move { runner(request).await }.boxed()).await? {
+                Ran::Answered(response) => Some(weigh(&shared, &policy, response).await),
+                Ran::Rejected(response) => Some((response, End::Forget)),
+            }
+        };
         let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(Some(Ran::Answered(response))) => weigh(&shared, &policy, response).await,
-            Ok(Some(Ran::Rejected(response))) => (response, End::Forget),
+            Ok(Some((response, end))) => (Some(response), end),
             // Where idem only observes, a panic is the server's own affair.
             Err(panic) if policy.mode == Mode::Observe => {
                 let _ = run.end(End::Release).await;
                 std::panic::resume_unwind(panic);
             }
-            Ok(None) | Err(_) => {
-                let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(operation_id);
-                (shared.render(&policy, refusal).map(Body::from), End::Release)
-            }
+            Ok(None) | Err(_) => (None, End::Release),
         };
         let (ended, outcome) = run.end(end).await;
-        let lost = |id| {
-            let refusal = Refusal::new(RefusalKind::LeaseLost).about(id);
+        let refused = |kind, id| {
+            let refusal = Refusal::new(kind).about(id);
             shared.render(&policy, refusal).map(Body::from)
         };
+        let response =
+            response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
+        let lost = |id| refused(RefusalKind::LeaseLost, id);
         let (mut response, operation_id) = match ended {
             _ if policy.mode != Mode::Enforce => (response, operation_id),
-            Ended::Own => (response, operation_id),
+            Ended::Own | Ended::Unrecorded => (response, operation_id),
             Ended::Theirs(theirs, id) => match replayed(theirs) {
                 Some(response) => (response, id),
                 None => (lost(id), id),
