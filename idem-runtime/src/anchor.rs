@@ -231,12 +231,7 @@ impl Anchor {
         into: &mut Values,
     ) -> Result<(), AnchorError> {
         let rules = KeyRules { format: self.format.or(rules.format), ..rules };
-        match self.source {
-            Source::All(anchors) => anchors
-                .iter()
-                .try_for_each(|anchor| anchor.collect(request, arguments, rules, into)),
-            source => source.collect(request, arguments, rules, Quoting::Accepted, into),
-        }
+        self.source.collect(request, arguments, rules, Quoting::Accepted, into)
     }
 }
 
@@ -441,9 +436,18 @@ impl Source {
                 return rules.check_all("the argument", &values, into);
             }
             Self::All(anchors) => {
-                return anchors
-                    .iter()
-                    .try_for_each(|anchor| anchor.collect(request, arguments, rules, into));
+                let (before, mut missing) = (into.len(), None);
+                for anchor in anchors {
+                    match anchor.collect(request, arguments, rules, into) {
+                        Err(AnchorError::Missing { what }) => missing = missing.or(Some(what)),
+                        collected => collected?,
+                    }
+                }
+                return match missing {
+                    None => Ok(()),
+                    Some(what) if into.len() == before => Err(AnchorError::Missing { what }),
+                    Some(what) => Err(AnchorError::Incomplete { what }),
+                };
             }
         };
         into.push(rules.check(what, &value)?.as_bytes());
@@ -636,6 +640,9 @@ impl<'a> AnchorRequest<'a> {
     /// When the body is not JSON, a name stands twice on the path, or the value is an object or an
     /// array.
     pub fn body_field(&self, path: &'static str) -> Result<Option<String>, AnchorError> {
+        if self.body.is_empty() {
+            return Ok(None);
+        }
         if self.is_form() {
             return Ok(the_one_pair(self.body, path)?.map(Cow::into_owned));
         }
@@ -693,6 +700,12 @@ pub enum AnchorError {
     /// It is not there.
     #[error("{what} is missing")]
     Missing {
+        /// The header, field or parameter.
+        what: Cow<'static, str>,
+    },
+    /// It is not there, and other parts of the key are: even where a key is optional, this is none.
+    #[error("{what} is missing")]
+    Incomplete {
         /// The header, field or parameter.
         what: Cow<'static, str>,
     },

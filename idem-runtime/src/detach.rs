@@ -14,10 +14,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 use tokio::runtime::Handle;
 use tracing::{Instrument, Span};
 
-use crate::{
-    engine::Shared,
-    observer::{Event, Outcome},
-};
+use crate::{engine::Shared, observer::Outcome};
 
 /// A future that outlives being dropped.
 pub(crate) struct FinishAnyway<T: Send + 'static> {
@@ -48,10 +45,13 @@ impl<T: Send + 'static> Future for FinishAnyway<T> {
             // and outside the request's span.
             this.started = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
         }
-        let Some(work) = this.work.as_mut() else { return Poll::Pending };
-        let answer = std::task::ready!(work.poll_unpin(cx));
-        this.work = None;
-        Poll::Ready(answer)
+        // Taken out while it is polled: work that panics is over, and cannot go on elsewhere.
+        let Some(mut work) = this.work.take() else { return Poll::Pending };
+        let answer = work.poll_unpin(cx);
+        if answer.is_pending() {
+            this.work = Some(work);
+        }
+        answer
     }
 }
 
@@ -60,14 +60,7 @@ impl<T: Send + 'static> Drop for FinishAnyway<T> {
         let (Some(work), Some((runtime, span))) = (self.work.take(), self.started.take()) else {
             return;
         };
-        self.shared.observer.observe(&Event {
-            outcome: Outcome::Detached,
-            operation: &self.operation,
-            operation_id: None,
-            attempt: None,
-            error: None,
-            enforced: true,
-        });
+        self.shared.tell(&self.operation, None, Outcome::Detached, None);
         // On a runtime that is shutting down the task is dropped at once, as in a crash.
         self.shared.go_on(&runtime, work.map(drop).instrument(span));
     }

@@ -5,6 +5,7 @@
 
 use std::{
     fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -18,6 +19,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use crate::{
     anchor::Scope,
@@ -29,7 +31,7 @@ use crate::{
     policy::{Options, Resolved},
     record::{FORMAT, Fingerprint, Flags, Record, RecordedResponse, State, Ttl},
     refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals},
-    store::{Claim, Claimed, Completion, Store, StoreError, StoreErrorKind, Written},
+    store::{Claim, Claimed, Completion, Renewal, Store, StoreError, StoreErrorKind, Written},
 };
 
 /// The engine: one for an application, in its router's state.
@@ -76,8 +78,10 @@ pub(crate) struct Shared {
     pub(crate) left_out: Vec<HeaderName>,
     pub(crate) carry: Option<Carry>,
     pub(crate) leases: Leases,
-    /// Work that goes on although nobody waits for it.
+    /// Handlers and unfinished records that go on although nobody waits for them.
     background: TaskTracker,
+    /// Claims that nobody knows to be granted, being taken back.
+    taken_back: TaskTracker,
     pub(crate) warned_of_outer_headers: AtomicBool,
 }
 
@@ -197,11 +201,20 @@ impl Idempotency {
     /// Nothing is cancelled: what is not finished in time ends with the runtime, as in a crash, and
     /// its key is free again after the lease.
     pub async fn drain(&self, at_most: Duration) -> bool {
-        self.shared.background.close();
-        let drained = timeout(at_most, self.shared.background.wait()).await.is_ok();
-        self.shared.background.reopen();
-        drained
+        // What goes on may leave a record behind it, which is counted before its task ends.
+        let all = async {
+            self.shared.background.wait().await;
+            self.shared.taken_back.wait().await;
+        };
+        timeout(at_most, all).await.is_ok()
     }
+}
+
+/// A tracker that can be waited for at any time; work is still let in.
+fn closed() -> TaskTracker {
+    let tracker = TaskTracker::new();
+    tracker.close();
+    tracker
 }
 
 impl Builder<Unscoped> {
@@ -238,7 +251,8 @@ impl Builder<Scoped> {
                 left_out: self.left_out,
                 carry: self.carry,
                 leases: Leases::default(),
-                background: TaskTracker::new(),
+                background: closed(),
+                taken_back: closed(),
                 warned_of_outer_headers: AtomicBool::new(false),
             }),
         }
@@ -324,10 +338,10 @@ impl<S> Builder<S> {
         self
     }
 
-    /// How many handlers whose clients hung up may be running before new requests are refused.
-    /// Default: 1,024.
-    pub fn detached_limit(mut self, handlers: usize) -> Self {
-        self.limits.detached = handlers;
+    /// How many handlers whose clients hung up may be running, and answers waiting to be recorded,
+    /// before new requests are refused. Default: 1,024.
+    pub fn detached_limit(mut self, at_most: usize) -> Self {
+        self.limits.detached = at_most;
         self
     }
 
@@ -372,9 +386,22 @@ pub(crate) struct Call {
     pub(crate) policy: Resolved,
 }
 
-/// Computes the request's fingerprint under the scheme of an older record; `None` where this
-/// release does not know the scheme.
-pub(crate) type UnderScheme<'a> = &'a (dyn Fn(&str) -> Option<Fingerprint> + Send + Sync);
+/// A request that can be compared with the record of another deploy.
+pub(crate) trait Comparable: Send {
+    /// What it is under the scheme of a record. It may have to read the body first, which the
+    /// handler's own scheme did not need.
+    fn under_scheme<'a>(&'a mut self, scheme: &'a str) -> BoxFuture<'a, Compared>;
+}
+
+/// What a request is under another scheme than its handler's.
+pub(crate) enum Compared {
+    /// It has this fingerprint.
+    Fingerprint(Fingerprint),
+    /// It is not one that could have been recorded under that scheme.
+    Other,
+    /// It cannot be said.
+    Unable(RefusalKind),
+}
 
 /// What the engine says to a request.
 pub(crate) enum Admission {
@@ -394,8 +421,19 @@ impl Shared {
         &self,
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        match timeout(self.limits.store_timeout, call).await {
-            Ok(answer) => answer,
+        self.ask_for(self.limits.store_timeout, call).await
+    }
+
+    /// One call of the store, bounded by a time of its own. A store that panics is as good as one
+    /// that cannot be reached: its call may have been made or not.
+    pub(crate) async fn ask_for<T>(
+        &self,
+        at_most: Duration,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        match timeout(at_most, AssertUnwindSafe(call).catch_unwind()).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(StoreError::new("idem", StoreErrorKind::Unreachable)),
             Err(_) => Err(StoreError::new("idem", StoreErrorKind::TimedOut)),
         }
     }
@@ -407,7 +445,7 @@ impl Shared {
         outcome: Outcome,
         error: Option<&StoreError>,
     ) {
-        self.observer.observe(&Event {
+        self.observe(&Event {
             outcome,
             operation,
             operation_id: attempt.map(|attempt| attempt.id),
@@ -415,6 +453,13 @@ impl Shared {
             error,
             enforced: true,
         });
+    }
+
+    /// Tells the observer. One that panics must not take a record, or all leases, along.
+    pub(crate) fn observe(&self, event: &Event<'_>) {
+        if catch_unwind(AssertUnwindSafe(|| self.observer.observe(event))).is_err() {
+            tracing::error!("the observer panicked");
+        }
     }
 
     /// Lets work go on although nobody waits for it.
@@ -434,7 +479,7 @@ impl Shared {
     pub(crate) async fn admit(
         self: &Arc<Self>,
         call: &Call,
-        under_scheme: UnderScheme<'_>,
+        request: &mut dyn Comparable,
     ) -> Admission {
         if self.background.len() >= self.limits.detached {
             return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
@@ -454,32 +499,41 @@ impl Shared {
         // A record under another scheme may be claimable with the fingerprint of that scheme, and
         // may have changed when it is asked for again. Each turn is one atomic claim; a key that
         // changes this often is in flight.
+        let mut late = false;
         for _ in 0..4 {
+            let asked_at = Instant::now();
             let record = match self.claim(&claim).await {
+                // Whether the lease is still alive when its answer comes this late, only the store
+                // can say: under the same token it is the same claim.
+                Ok(Claimed::Granted(_)) if asked_at.elapsed() >= claim.lease / 2 => {
+                    late = true;
+                    continue;
+                }
                 Ok(Claimed::Granted(record)) => {
-                    return Admission::Run(self.granted(call, &claim, &record));
+                    return Admission::Run(self.granted(call, &claim, &record, asked_at).await);
                 }
                 Ok(Claimed::Found(record)) => record,
                 Err(error) => return self.outage(call, &claim, &error),
             };
             let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
-                true => claim.fingerprint.clone(),
-                false => match under_scheme(&record.fingerprint.scheme) {
-                    Some(fingerprint) => fingerprint,
-                    None => {
-                        let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                        return self.refuse(call, refusal.about(record.operation_id), None);
+                true => Some(claim.fingerprint.clone()),
+                false => match request.under_scheme(&record.fingerprint.scheme).await {
+                    Compared::Fingerprint(fingerprint) => Some(fingerprint),
+                    Compared::Other => None,
+                    Compared::Unable(kind) => {
+                        let refusal = Refusal::new(kind).about(record.operation_id);
+                        return self.refuse(call, refusal, None);
                     }
                 },
             };
             let asked = Asked {
-                same: ours == record.fingerprint,
+                same: ours.as_ref() == Some(&record.fingerprint),
                 issued_only: false,
                 on_unknown: call.policy.on_unknown,
             };
             let kind = match decide(record.seen(), asked) {
                 Decision::Run => {
-                    claim.fingerprint = ours;
+                    claim.fingerprint = ours.unwrap_or(claim.fingerprint);
                     continue;
                 }
                 Decision::Replay => return self.replay(call, &record),
@@ -492,28 +546,46 @@ impl Shared {
             };
             return self.refuse(call, Refusal::new(kind).about(record.operation_id), None);
         }
+        if late {
+            let too_late = StoreError::new("idem", StoreErrorKind::TimedOut);
+            return self.outage(call, &claim, &too_late);
+        }
         self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
     }
 
     /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
     async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
-        let deadline = Instant::now() + self.limits.store_timeout;
+        let since = Instant::now();
         match self.ask(self.store.claim(claim)).await {
-            Err(error) if error.kind().is_transient() && Instant::now() < deadline => {
+            Err(error)
+                if error.kind().is_transient() && since.elapsed() < self.limits.store_timeout =>
+            {
                 self.ask(self.store.claim(claim)).await
             }
             answer => answer,
         }
     }
 
-    fn granted(self: &Arc<Self>, call: &Call, claim: &Claim, record: &Record) -> Run {
+    async fn granted(
+        self: &Arc<Self>,
+        call: &Call,
+        claim: &Claim,
+        record: &Record,
+        since: Instant,
+    ) -> Run {
         let attempt = Attempt::new(record.operation_id, record.attempt);
-        self.leases.hold(self, claim.key, claim.token, claim.lease, &claim.operation, &attempt);
+        let (key, token, lease) = (claim.key, claim.token, claim.lease);
+        let renewal = Renewal { key, token, lease };
+        let must_yield = self.leases.hold(self, renewal, since, &claim.operation, &attempt);
+        let held = Held { shared: Arc::clone(self), token };
+        if must_yield {
+            tokio::task::yield_now().await;
+        }
         Run {
-            held: Held { shared: Arc::clone(self), token: claim.token },
-            key: claim.key,
+            held,
+            key,
             ttl: call.policy.ttl,
-            lease: call.policy.lease,
+            lease,
             operation: Arc::clone(&claim.operation),
             fingerprint: claim.fingerprint.clone(),
             attempt,
@@ -532,7 +604,7 @@ impl Shared {
     }
 
     fn refuse(&self, call: &Call, refusal: Refusal, error: Option<&StoreError>) -> Admission {
-        self.observer.observe(&Event {
+        self.observe(&Event {
             outcome: Outcome::Refused(refusal.kind()),
             operation: &call.operation,
             operation_id: refusal.operation_id(),
@@ -543,15 +615,10 @@ impl Shared {
         Admission::Refuse(refusal)
     }
 
-    /// The claim failed. It may have been granted all the same, so it is released in the
-    /// background: the next request need not wait for the lease to end.
+    /// The claim failed: it is taken back in the background, and the request refused.
     fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: &StoreError) -> Admission {
         if error.kind().is_transient() {
-            let (shared, key, token) = (Arc::clone(self), claim.key, claim.token);
-            let give_up = Instant::now() + claim.lease;
-            self.go_on(&Handle::current(), async move {
-                let _ = shared.write(give_up, || shared.store.release(&key, &token)).await;
-            });
+            self.take_back(claim);
         }
         let kind = match error.kind() {
             StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
@@ -571,12 +638,34 @@ impl Shared {
         self.refuse(call, Refusal::new(kind), Some(error))
     }
 
-    /// Writes the end of a claim until the store has answered or the time is over.
-    async fn write<'a>(
+    /// Takes back a claim that may have been granted and under which nothing ran, so that the next
+    /// request need not wait for the lease to end.
+    fn take_back(self: &Arc<Self>, claim: &Claim) {
+        // In a long outage these would pile up; the leases' ends do the same.
+        if self.taken_back.len() >= self.limits.detached {
+            return;
+        }
+        let (shared, key, token) = (Arc::clone(self), claim.key, claim.token);
+        let give_up = later(Instant::now(), claim.lease);
+        let work = async move {
+            let record = shared.persist(give_up, || shared.store.read(&key)).await;
+            let granted = |record: &Record| record.token == token && record.state == State::Running;
+            let Ok(Some(record)) = record.map(|record| record.filter(granted)) else { return };
+            // What an earlier attempt left behind must stay.
+            let _ = match record.attempt {
+                1 => shared.persist(give_up, || shared.store.forget(&key, &token)).await,
+                _ => shared.persist(give_up, || shared.store.release(&key, &token)).await,
+            };
+        };
+        self.taken_back.spawn_on(work.in_current_span(), &Handle::current());
+    }
+
+    /// Calls the store until it has answered or the time is over.
+    async fn persist<'a, T>(
         &self,
         give_up: Instant,
-        attempt: impl Fn() -> BoxFuture<'a, Result<Written, StoreError>>,
-    ) -> Result<Written, StoreError> {
+        attempt: impl Fn() -> BoxFuture<'a, Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
         let mut pauses = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(25))
             .with_max_delay(Duration::from_secs(10))
@@ -585,7 +674,7 @@ impl Shared {
             .build();
         loop {
             let error = match self.ask(attempt()).await {
-                Ok(written) => return Ok(written),
+                Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
             // Trying the same again cannot make it smaller.
@@ -645,6 +734,9 @@ pub(crate) enum Ended {
     Theirs(RecordedResponse, OperationId),
     /// That another attempt took over.
     Lost,
+    /// Its own response, although its record is gone: nobody else has an answer, and to send the
+    /// client away would have it repeat what was done.
+    Unrecorded,
 }
 
 impl Run {
@@ -653,13 +745,21 @@ impl Run {
     pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
         let shared = Arc::clone(&self.held.shared);
         let (operation, attempt) = (Arc::clone(&self.operation), Arc::clone(&self.attempt));
+        // That nothing happened now says nothing of what an earlier attempt did: its operation id
+        // must be there for the next one.
+        let end = match end {
+            End::Forget if attempt.number > 1 => End::Release,
+            end => end,
+        };
         let outcome = end.outcome();
+        attempt.begin_to_end();
         let mut writing = self.write(end).boxed();
         let (ended, outcome, error) = match timeout(shared.limits.record_wait, &mut writing).await {
             Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
             Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
             Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
-            Ok(Err(error)) => (Ended::Own, Outcome::RecordLost, Some(error)),
+            Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
+            Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
             Err(_) => {
                 shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));
                 (Ended::Own, Outcome::RecordDelayed, None)
@@ -673,42 +773,44 @@ impl Run {
         let (shared, token) = (&self.held.shared, self.held.token);
         let (now, key) = (Instant::now(), self.key);
         let time_is_over = match self.ttl {
-            Ttl::For(ttl) => now.checked_add(ttl),
-            Ttl::Forever => None,
+            Ttl::For(ttl) => later(now, ttl),
+            Ttl::Forever => later(now, FOR_EVER),
         };
-        let time_is_over = time_is_over.unwrap_or_else(|| now + FOR_EVER);
-        let nothing_happened = matches!(end, End::Forget);
+        let leaves_an_answer = matches!(end, End::Complete(_) | End::Tombstone(_));
         let written = match end {
             End::Complete(payload) => {
                 let whole = self.completion(Flags::NONE, payload);
-                match shared.write(time_is_over, || shared.store.complete(&whole)).await {
+                match shared.persist(time_is_over, || shared.store.complete(&whole)).await {
                     Err(error) if error.kind() == StoreErrorKind::TooLarge => {
                         let fact = self.completion(Flags::TOMBSTONE, without_body(&whole.payload));
-                        shared.write(time_is_over, || shared.store.complete(&fact)).await
+                        shared.persist(time_is_over, || shared.store.complete(&fact)).await
                     }
                     written => written,
                 }
             }
             End::Tombstone(payload) => {
                 let fact = self.completion(Flags::TOMBSTONE, payload);
-                shared.write(time_is_over, || shared.store.complete(&fact)).await
+                shared.persist(time_is_over, || shared.store.complete(&fact)).await
             }
             // A claim that is to be given up is not renewed: if the store does not hear of it, the
             // end of the lease says the same.
             End::Release => {
                 shared.leases.let_go(&token);
-                shared.write(now + self.lease, || shared.store.release(&key, &token)).await
+                shared.persist(later(now, self.lease), || shared.store.release(&key, &token)).await
             }
             End::Forget => {
                 shared.leases.let_go(&token);
-                shared.write(time_is_over, || shared.store.forget(&key, &token)).await
+                shared.persist(time_is_over, || shared.store.forget(&key, &token)).await
             }
         }?;
         Ok(match written {
             Written::Done => Ended::Own,
-            Written::Gone if nothing_happened => Ended::Own,
-            Written::Gone => Ended::Lost,
-            Written::Fenced(record) => self.theirs(&record),
+            Written::Gone if leaves_an_answer => Ended::Unrecorded,
+            Written::Gone => Ended::Own,
+            Written::Fenced(record) => {
+                self.attempt.lose();
+                self.theirs(&record)
+            }
         })
     }
 
@@ -731,6 +833,11 @@ impl Run {
 
 /// Longer than any process runs.
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// An instant so much later, for durations up to "never".
+pub(crate) fn later(instant: Instant, by: Duration) -> Instant {
+    instant.checked_add(by.min(FOR_EVER)).unwrap_or(instant)
+}
 
 /// A response's payload with nothing but its status.
 fn without_body(payload: &Bytes) -> Bytes {
@@ -758,13 +865,15 @@ impl Shared {
         attempt: Arc<Attempt>,
     ) {
         let shared = Arc::clone(self);
-        self.go_on(&Handle::current(), async move {
+        let work = async move {
             let (outcome, error) = match writing.await {
                 Ok(Ended::Own) => (Outcome::RecordCaughtUp, None),
                 Ok(Ended::Theirs(..) | Ended::Lost) => (Outcome::LeaseLost, None),
+                Ok(Ended::Unrecorded) => (Outcome::RecordLost, None),
                 Err(error) => (Outcome::RecordLost, Some(error)),
             };
             shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
-        });
+        };
+        self.go_on(&Handle::current(), work.in_current_span());
     }
 }

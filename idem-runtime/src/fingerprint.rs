@@ -164,6 +164,11 @@ pub(crate) fn under_scheme(
     Some(parsed.fingerprint(Cow::Owned(scheme.to_owned()), digester, subject))
 }
 
+/// Whether the body must be read before a request can have a fingerprint under a record's scheme.
+pub(crate) fn scheme_needs_body(scheme: &str) -> bool {
+    Scheme::parse(scheme).is_some_and(|scheme| scheme.basis != Basis::None)
+}
+
 /// A scheme as it is carried out: from a policy or read back from a record.
 struct Scheme<'s> {
     basis: Basis,

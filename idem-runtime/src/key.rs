@@ -13,13 +13,14 @@
 //! list(x)   = count: u32 big endian, then bytes(part) for each part
 //! bytes(x)  = length: u64 big endian, then the bytes
 //! space     = ["operation", method, "route", route with erased names, parameter, …]
-//!           | ["operation", method, "path", decoded path]
+//!           | ["operation", method, "path", decoded segment, …]
 //!           | ["space", name]
 //! ```
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use hmac::{Hmac, KeyInit, Mac};
+use percent_encoding::percent_decode_str;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -257,14 +258,17 @@ impl Endpoint {
         Self { parts, text: format!("{method} {route}") }
     }
 
-    /// The endpoint of a request that no route matched: its decoded path. The path may itself be
+    /// The endpoint of a request that no route matched: the segments of its path, each decoded, so
+    /// that an encoded slash stays apart from one between segments. The path may itself be
     /// somebody's key, so the text that operators read does not repeat it.
-    pub(crate) fn unmatched(method: &str, path: &[u8]) -> Self {
+    pub(crate) fn unmatched(method: &str, path: &str) -> Self {
         let mut parts = Values::new();
         parts.push("operation");
         parts.push(method);
         parts.push("path");
-        parts.push(path);
+        for segment in path.split('/') {
+            parts.push(Cow::<[u8]>::from(percent_decode_str(segment)));
+        }
         Self { parts, text: format!("{method} (no route)") }
     }
 

@@ -1,4 +1,8 @@
-//! The keeper of leases: one task an engine renews all claims that are due, in one store call.
+//! The keepers of leases: one task for each runtime that the engine is used on renews all claims
+//! that are due there, in one store call.
+//!
+//! A keeper lives on the runtime of the handlers that it serves: it ends with them and not before,
+//! and a runtime that nobody drives any more holds up nobody else's renewals.
 
 use std::{
     collections::HashMap,
@@ -6,18 +10,25 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, task::JoinHandle, time::Instant};
+use tokio::{
+    runtime::{self, Handle},
+    sync::Notify,
+    time::Instant,
+};
 
 use crate::{
-    engine::Shared,
-    key::{Key, Token},
+    engine::{Shared, later},
+    key::Token,
     observer::Outcome,
     operation::Attempt,
-    store::Renewal,
+    store::{Renewal, StoreError, StoreErrorKind},
 };
 
 /// A lease is renewed when a third of it has passed: two renewals may fail before it is over.
 const RENEWALS_PER_LEASE: u32 = 3;
+/// What will be due within this part of its lease is renewed with what is due now, so that claims
+/// that began at different moments come to share their rounds.
+const EARLY: u32 = 6;
 /// How long after a failed renewal the next one is tried, at the most.
 const RETRY: Duration = Duration::from_secs(1);
 /// How many records one sweep removes at the most, so that it never holds the store for long.
@@ -25,57 +36,76 @@ const SWEEP_BATCH: usize = 1_000;
 
 /// All claims that the engine's handlers hold.
 #[derive(Debug, Default)]
-pub(crate) struct Leases {
-    registry: Mutex<Registry>,
-    /// Wakes the keeper when a claim is due before it would look again.
-    sooner: Arc<Notify>,
-}
+pub(crate) struct Leases(Mutex<Registry>);
 
 #[derive(Debug, Default)]
 struct Registry {
     held: HashMap<Token, Held>,
-    keeper: Option<JoinHandle<()>>,
-    /// When the keeper looks again.
-    wakes: Option<Instant>,
+    keepers: HashMap<runtime::Id, Keeper>,
+    /// When some keeper sweeps next.
+    sweep: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Held {
     renewal: Renewal,
     due: Instant,
+    runtime: runtime::Id,
     operation: Arc<str>,
     attempt: Arc<Attempt>,
 }
 
+#[derive(Debug, Default)]
+struct Keeper {
+    /// When it looks again; unknown until it has looked for the first time.
+    wakes: Option<Instant>,
+    /// Wakes it when a claim is due before.
+    sooner: Arc<Notify>,
+}
+
 impl Leases {
-    /// Keeps a claim alive until it is dropped from here. Must be called on a tokio runtime.
+    /// Keeps a claim alive until it is let go. Its lease began at `since` or later. Must be called
+    /// on a tokio runtime.
+    ///
+    /// A true answer means that the keeper was started or woken. It then waits for the caller's own
+    /// worker thread, since tokio lets no other thread take what was woken last: the caller must
+    /// yield before it runs code that may block the thread.
+    #[must_use]
     pub(crate) fn hold(
         &self,
         shared: &Arc<Shared>,
-        key: Key,
-        token: Token,
-        lease: Duration,
+        renewal: Renewal,
+        since: Instant,
         operation: &Arc<str>,
         attempt: &Arc<Attempt>,
-    ) {
-        let due = Instant::now() + lease / RENEWALS_PER_LEASE;
+    ) -> bool {
+        let here = Handle::current();
+        let due = later(since, renewal.lease / RENEWALS_PER_LEASE);
         let held = Held {
-            renewal: Renewal { key, token, lease },
+            renewal,
             due,
+            runtime: here.id(),
             operation: Arc::clone(operation),
             attempt: Arc::clone(attempt),
         };
         let mut registry = self.lock();
-        registry.held.insert(token, held);
-        // The runtime that the keeper ran on may have ended before the engine did.
-        if registry.keeper.as_ref().is_none_or(JoinHandle::is_finished) {
-            registry.wakes = None;
-            let keeper = keep(Arc::downgrade(shared), Arc::clone(&self.sooner));
-            registry.keeper = Some(tokio::spawn(keeper));
-        } else if registry.wakes.is_some_and(|wakes| due < wakes) {
-            registry.wakes = Some(due);
-            self.sooner.notify_one();
+        registry.held.insert(renewal.token, held);
+        if let Some(keeper) = registry.keepers.get_mut(&here.id()) {
+            let sooner = keeper.wakes.is_some_and(|wakes| due < wakes);
+            if sooner {
+                keeper.wakes = Some(due);
+                keeper.sooner.notify_one();
+            }
+            return sooner;
         }
+        let sooner = Arc::default();
+        let keeper = Keeper { wakes: None, sooner: Arc::clone(&sooner) };
+        registry.keepers.insert(here.id(), keeper);
+        // A runtime that is shutting down drops the task at once, and its duty takes the lock.
+        drop(registry);
+        let duty = Duty { engine: Arc::downgrade(shared), runtime: here.id(), sooner };
+        here.spawn(duty.keep());
+        true
     }
 
     /// Lets a claim go: its lease ends by itself, unless the claim was ended before.
@@ -84,35 +114,52 @@ impl Leases {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registry> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The claims that are due.
-    fn due(&self, now: Instant) -> Vec<Renewal> {
+    /// The claims of a runtime that are to be renewed: none before one of them is due.
+    fn due(&self, runtime: runtime::Id, now: Instant) -> Vec<Renewal> {
         let registry = self.lock();
-        registry.held.values().filter(|held| held.due <= now).map(|held| held.renewal).collect()
+        let ours = || registry.held.values().filter(|held| held.runtime == runtime);
+        if !ours().any(|held| held.due <= now) {
+            return Vec::new();
+        }
+        ours()
+            .filter(|held| held.due <= later(now, held.renewal.lease / EARLY))
+            .map(|held| held.renewal)
+            .collect()
     }
 
-    /// Says when the keeper looks again: at the next renewal, or after `idle`.
-    fn plan(&self, idle: Duration) -> Instant {
+    /// Says when a runtime's keeper looks again: at the next renewal, or after `idle`.
+    fn plan(&self, runtime: runtime::Id, idle: Duration) -> Instant {
         let mut registry = self.lock();
-        let latest = Instant::now() + idle;
-        let wakes = registry.held.values().map(|held| held.due).min().unwrap_or(latest).min(latest);
-        registry.wakes = Some(wakes);
+        let latest = later(Instant::now(), idle);
+        let ours = registry.held.values().filter(|held| held.runtime == runtime);
+        let wakes = ours.map(|held| held.due).min().unwrap_or(latest).min(latest);
+        if let Some(keeper) = registry.keepers.get_mut(&runtime) {
+            keeper.wakes = Some(wakes);
+        }
         wakes
     }
 
-    /// Takes the store's answers in; returns those who lost their claim.
-    fn renewed(&self, renewals: &[Renewal], held: &[bool]) -> Vec<(Arc<str>, Arc<Attempt>)> {
-        let now = Instant::now();
+    /// Takes in what the store answered to renewals that were asked for at `since`; returns those
+    /// who lost their claim.
+    fn renewed(
+        &self,
+        renewals: &[Renewal],
+        held: &[bool],
+        since: Instant,
+    ) -> Vec<(Arc<str>, Arc<Attempt>)> {
         let mut lost = Vec::new();
         let mut registry = self.lock();
         for (renewal, held) in renewals.iter().zip(held) {
             if *held {
                 if let Some(entry) = registry.held.get_mut(&renewal.token) {
-                    entry.due = now + renewal.lease / RENEWALS_PER_LEASE;
+                    entry.due = later(since, renewal.lease / RENEWALS_PER_LEASE);
                 }
-            } else if let Some(entry) = registry.held.remove(&renewal.token) {
+            } else if let Some(entry) = registry.held.remove(&renewal.token)
+                && !entry.attempt.is_ending()
+            {
                 lost.push((entry.operation, entry.attempt));
             }
         }
@@ -124,41 +171,93 @@ impl Leases {
         let mut registry = self.lock();
         for renewal in renewals {
             if let Some(entry) = registry.held.get_mut(&renewal.token) {
-                entry.due = now + (renewal.lease / 10).min(RETRY);
+                entry.due = later(now, (renewal.lease / 10).min(RETRY));
             }
+        }
+    }
+
+    /// Whether it is time to sweep. Of several keepers, one is told so.
+    fn sweeps_now(&self, interval: Duration) -> bool {
+        let mut registry = self.lock();
+        let now = Instant::now();
+        let is_time = registry.sweep.is_none_or(|sweep| sweep <= now);
+        if is_time {
+            registry.sweep = Some(later(now, interval));
+        }
+        is_time
+    }
+}
+
+/// The duty to keep a runtime's claims alive, which is handed back however the keeper ends.
+struct Duty {
+    engine: Weak<Shared>,
+    runtime: runtime::Id,
+    sooner: Arc<Notify>,
+}
+
+impl Drop for Duty {
+    fn drop(&mut self) {
+        if let Some(shared) = self.engine.upgrade() {
+            shared.leases.lock().keepers.remove(&self.runtime);
         }
     }
 }
 
-/// Renews what is due and sweeps now and then, until the engine is gone.
-async fn keep(engine: Weak<Shared>, sooner: Arc<Notify>) {
-    let mut sweep_at: Option<Instant> = None;
-    loop {
-        let Some(shared) = engine.upgrade() else { return };
-        let now = Instant::now();
-        let renewals = shared.leases.due(now);
-        if !renewals.is_empty() {
-            renew(&shared, &renewals).await;
+impl Duty {
+    /// Renews and sweeps until the engine is gone. A sweep takes as long as it takes; renewals must
+    /// not wait for it.
+    async fn keep(self) {
+        tokio::select! {
+            () = self.renew() => {}
+            () = self.sweep() => {}
         }
-        if sweep_at.is_none_or(|at| at <= now) {
-            if sweep_at.is_some() {
+    }
+
+    async fn renew(&self) {
+        loop {
+            let Some(shared) = self.engine.upgrade() else { return };
+            let renewals = shared.leases.due(self.runtime, Instant::now());
+            if !renewals.is_empty() {
+                renew(&shared, &renewals).await;
+            }
+            let wakes = shared.leases.plan(self.runtime, shared.limits.sweep_interval);
+            drop(shared);
+            tokio::select! {
+                () = tokio::time::sleep_until(wakes) => {}
+                () = self.sooner.notified() => {}
+            }
+        }
+    }
+
+    async fn sweep(&self) {
+        loop {
+            let Some(shared) = self.engine.upgrade() else { return };
+            let interval = shared.limits.sweep_interval;
+            drop(shared);
+            tokio::time::sleep(interval).await;
+            let Some(shared) = self.engine.upgrade() else { return };
+            if shared.leases.sweeps_now(interval) {
                 sweep(&shared).await;
             }
-            sweep_at = Some(Instant::now() + shared.limits.sweep_interval);
-        }
-        let wakes = shared.leases.plan(shared.limits.sweep_interval);
-        drop(shared);
-        tokio::select! {
-            () = tokio::time::sleep_until(wakes) => {}
-            () = sooner.notified() => {}
         }
     }
 }
 
+/// Renews claims in one call. A store that does not answer is asked again while there is time: the
+/// shortest of the leases says how long one call may take.
 async fn renew(shared: &Shared, renewals: &[Renewal]) {
-    match shared.ask(shared.store.renew(renewals)).await {
+    let since = Instant::now();
+    let shortest = renewals.iter().map(|renewal| renewal.lease).min().unwrap_or_default();
+    let at_most = shared.limits.store_timeout.min(shortest / RENEWALS_PER_LEASE);
+    let answer = match shared.ask_for(at_most, shared.store.renew(renewals)).await {
+        Ok(held) if held.len() != renewals.len() => {
+            Err(StoreError::new("idem", StoreErrorKind::Refused))
+        }
+        answer => answer,
+    };
+    match answer {
         Ok(held) => {
-            for (operation, attempt) in shared.leases.renewed(renewals, &held) {
+            for (operation, attempt) in shared.leases.renewed(renewals, &held, since) {
                 attempt.lose();
                 shared.tell(&operation, Some(&attempt), Outcome::LeaseLost, None);
             }

@@ -54,7 +54,7 @@ pub enum Outcome {
     RecordDelayed,
     /// An answer that was delayed is recorded now.
     RecordCaughtUp,
-    /// An answer that was delayed could not be recorded before its time was over.
+    /// An answer could not be recorded before the record's time was over.
     RecordLost,
     /// The recorded answer was sent.
     Replayed,

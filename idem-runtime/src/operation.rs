@@ -100,11 +100,27 @@ pub(crate) struct Attempt {
     pub(crate) number: u32,
     lost: AtomicBool,
     changed: Notify,
+    /// Whether its end is being written: that a claim is over then says nothing of who ended it.
+    ending: AtomicBool,
 }
 
 impl Attempt {
     pub(crate) fn new(id: OperationId, number: u32) -> Arc<Self> {
-        Arc::new(Self { id, number, lost: AtomicBool::new(false), changed: Notify::new() })
+        Arc::new(Self {
+            id,
+            number,
+            lost: AtomicBool::new(false),
+            changed: Notify::new(),
+            ending: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn begin_to_end(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
     }
 
     pub(crate) fn lose(&self) {

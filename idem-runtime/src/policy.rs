@@ -283,7 +283,7 @@ pub enum Recording {
     Success,
     /// Everything but 401, 403, 408, 425, 429 and 5xx, which say that trying again may help.
     Final,
-    /// Everything.
+    /// Everything (but 1xx, which answers nothing).
     All,
 }
 
@@ -291,8 +291,8 @@ impl Recording {
     pub(crate) fn covers(self, status: u16) -> bool {
         match self {
             Self::Success => (200..400).contains(&status),
-            Self::Final => !matches!(status, 401 | 403 | 408 | 425 | 429 | 500..),
-            Self::All => true,
+            Self::Final => !matches!(status, ..200 | 401 | 403 | 408 | 425 | 429 | 500..),
+            Self::All => status >= 200,
         }
     }
 }

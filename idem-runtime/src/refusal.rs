@@ -189,7 +189,7 @@ impl Refusal {
     /// A key that is missing or malformed.
     pub(crate) fn of_key(error: &AnchorError) -> Self {
         let kind = match error {
-            AnchorError::Missing { .. } => RefusalKind::KeyMissing,
+            AnchorError::Missing { .. } | AnchorError::Incomplete { .. } => RefusalKind::KeyMissing,
             AnchorError::Malformed { .. } => RefusalKind::KeyMalformed,
         };
         Self::new(kind).with_detail(format!("{error}. {}", kind.detail()))

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     net::SocketAddr,
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -12,7 +13,12 @@ use std::{
 use axum::Router;
 use idem_runtime::{Builder, Event, Idempotency, Outcome, Scope, Scoped, store::Store};
 use reqwest::{RequestBuilder, Response};
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{Notify, Semaphore, oneshot},
+    task::JoinHandle,
+};
 
 /// A router behind a real HTTP server, HTTP/1.1 and HTTP/2, on a free loopback port. It stops when
 /// it is dropped.
@@ -56,6 +62,34 @@ impl Server {
             .body(body.to_owned())
     }
 
+    /// Sends bytes as they are on a connection of their own and reads until the server closes it,
+    /// so they had better ask for that; `None` if nothing came back.
+    pub async fn send_raw(&self, bytes: &[u8]) -> Option<RawAnswer> {
+        self.exchange(bytes, false).await
+    }
+
+    /// Sends bytes as they are and then the end of the stream, as a client that breaks off.
+    pub async fn send_cut(&self, bytes: &[u8]) -> Option<RawAnswer> {
+        self.exchange(bytes, true).await
+    }
+
+    async fn exchange(&self, bytes: &[u8], cut: bool) -> Option<RawAnswer> {
+        let mut connection = TcpStream::connect(self.address).await.expect("a connection");
+        // A server may answer and close before it was told everything.
+        let _ = connection.write_all(bytes).await;
+        if cut {
+            let _ = connection.shutdown().await;
+        }
+        let mut answer = Vec::new();
+        let _ = connection.read_to_end(&mut answer).await;
+        RawAnswer::parse(&answer)
+    }
+
+    /// A request by the client that all of them share.
+    pub fn request(&self, method: reqwest::Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("http://{}{path}", self.address))
+    }
+
     /// Stops taking connections and waits for those that there are.
     pub async fn stop(mut self) {
         drop(self.stop.take());
@@ -74,6 +108,33 @@ impl Drop for Server {
 /// Sends a request; its server is here, so that it must answer.
 pub async fn send(request: RequestBuilder) -> Answer {
     Answer::read(request.send().await.expect("an answer")).await
+}
+
+/// A response as it was on the wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawAnswer {
+    /// The status code.
+    pub status: u16,
+    /// The header lines, in order.
+    pub lines: Vec<String>,
+    /// Everything after the head.
+    pub body: Vec<u8>,
+}
+
+impl RawAnswer {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
+        let head = String::from_utf8_lossy(&bytes[..end]);
+        let mut lines = head.split("\r\n").map(str::to_owned);
+        let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
+        Some(Self { status, lines: lines.collect(), body: bytes[end + 4..].to_vec() })
+    }
+
+    /// The header lines but the named ones, in order.
+    pub fn lines_but(&self, names: &[&str]) -> Vec<&str> {
+        let named = |line: &&str| names.iter().any(|name| line.starts_with(&format!("{name}:")));
+        self.lines.iter().map(String::as_str).filter(|line| !named(line)).collect()
+    }
 }
 
 /// A whole response.
@@ -108,6 +169,28 @@ impl Answer {
         self.json()["code"].as_str().unwrap_or_default().to_owned()
     }
 
+    /// A header that stands there once.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut lines = self.headers.get_all(name).iter();
+        let line = lines.next()?.to_str().ok();
+        assert!(lines.next().is_none(), "{name} stands there twice");
+        line
+    }
+
+    /// Asserts that it is a refusal of this status and code.
+    #[track_caller]
+    pub fn assert_refused(&self, status: u16, code: &str) {
+        assert_eq!(self.header("content-type"), Some("application/problem+json"), "{self:?}");
+        assert_eq!((self.status, self.code().as_str()), (status, code), "{}", self.text());
+        assert!(!self.is_replay());
+    }
+
+    /// Asserts that it is this answer, and whether it is a replay of it.
+    #[track_caller]
+    pub fn assert_is(&self, status: u16, body: &str, replay: bool) {
+        assert_eq!((self.status, self.text().as_str(), self.is_replay()), (status, body, replay));
+    }
+
     /// Whether idem replayed it.
     pub fn is_replay(&self) -> bool {
         self.headers.get("idempotent-replayed").is_some_and(|value| value == "true")
@@ -135,25 +218,91 @@ impl Effects {
     }
 }
 
+/// Holds handlers that have begun until they may end, the first one first.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    begun: Arc<Semaphore>,
+    may_end: Arc<Semaphore>,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self { begun: Arc::new(Semaphore::new(0)), may_end: Arc::new(Semaphore::new(0)) }
+    }
+}
+
+impl Gate {
+    /// Waits until one more handler has begun.
+    pub async fn begun(&self) {
+        self.begun.acquire().await.expect("an open gate").forget();
+    }
+
+    /// Lets the handler that has waited longest end.
+    pub fn end(&self) {
+        self.may_end.add_permits(1);
+    }
+
+    /// What a handler does between its effect and its answer.
+    pub async fn pass(&self) {
+        self.begun.add_permits(1);
+        // Permits are handed out in the order in which they were asked for.
+        self.may_end.acquire().await.expect("an open gate").forget();
+    }
+
+    /// A handler with an effect that passes this gate.
+    pub fn handler(
+        &self,
+        effects: &Effects,
+    ) -> impl Fn() -> Pin<Box<dyn Future<Output = String> + Send>> + Clone + Send + Sync + use<>
+    {
+        let (gate, effects) = (self.clone(), effects.clone());
+        move || {
+            let (gate, effects) = (gate.clone(), effects.clone());
+            Box::pin(async move {
+                let number = effects.happen();
+                gate.pass().await;
+                format!("effect {number}")
+            })
+        }
+    }
+}
+
 /// An observer that remembers the outcomes.
 #[derive(Clone, Default)]
-pub struct Remember(Arc<Mutex<Vec<(Outcome, bool)>>>);
+pub struct Remember {
+    outcomes: Arc<Mutex<Vec<(Outcome, bool)>>>,
+    more: Arc<Notify>,
+}
 
 impl Remember {
     /// The observer to give to an engine.
     pub fn observer(&self) -> impl Fn(&Event<'_>) + Send + Sync + 'static {
-        let outcomes = Arc::clone(&self.0);
-        move |event| outcomes.lock().expect("a lock").push((event.outcome, event.enforced))
+        let Self { outcomes, more } = self.clone();
+        move |event| {
+            outcomes.lock().expect("a lock").push((event.outcome, event.enforced));
+            more.notify_waiters();
+        }
     }
 
     /// What was observed, in order.
     pub fn outcomes(&self) -> Vec<Outcome> {
-        self.0.lock().expect("a lock").iter().map(|(outcome, _)| *outcome).collect()
+        self.outcomes.lock().expect("a lock").iter().map(|(outcome, _)| *outcome).collect()
+    }
+
+    /// Waits until something was observed.
+    pub async fn hear(&self, outcome: Outcome) {
+        loop {
+            let more = self.more.notified();
+            if self.outcomes().contains(&outcome) {
+                return;
+            }
+            more.await;
+        }
     }
 
     /// What was observed and not enforced.
     pub fn unenforced(&self) -> Vec<Outcome> {
-        let outcomes = self.0.lock().expect("a lock");
+        let outcomes = self.outcomes.lock().expect("a lock");
         outcomes.iter().filter(|(_, enforced)| !enforced).map(|(outcome, _)| *outcome).collect()
     }
 }

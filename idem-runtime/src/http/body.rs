@@ -1,7 +1,6 @@
 //! Bodies: buffered up to a bound, and still whole for whoever reads on beyond it.
 
 use std::{
-    collections::VecDeque,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -9,14 +8,16 @@ use std::{
 
 use axum::{Error, body::Body};
 use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout_at};
 
 /// A body after it was read up to a bound.
 pub(super) enum Buffered {
-    Whole(Bytes),
-    /// It is larger, slower, or more than bytes. This is all of it, from its first byte on.
+    /// All of it, and its trailers if it ends in some.
+    Whole(Bytes, Option<HeaderMap>),
+    /// It is larger, slower, or broke off. This is all of it, from its first byte on.
     Beyond(Body, Bound),
 }
 
@@ -27,8 +28,6 @@ pub(super) enum Bound {
     Time,
     /// It broke off.
     Broken,
-    /// It ends in trailers.
-    Trailers,
 }
 
 /// Reads a body up to a size and for a time.
@@ -39,46 +38,69 @@ pub(super) async fn buffer(mut body: Body, limit: usize, time: Duration) -> Buff
     let now = Instant::now();
     // A time beyond the clock's reach is no bound.
     let deadline = now.checked_add(time).unwrap_or_else(|| now + Duration::from_secs(1 << 32));
-    let mut read: VecDeque<Result<Frame<Bytes>, Error>> = VecDeque::new();
-    let mut size = 0;
-    let bound = loop {
-        let frame = match timeout_at(deadline, body.frame()).await {
-            Ok(Some(frame)) => frame,
-            Ok(None) => return Buffered::Whole(joined(read, size)),
-            Err(_) => break Bound::Time,
+    let mut read = Joined::default();
+    let (next, bound) = loop {
+        let data = match timeout_at(deadline, body.frame()).await {
+            Err(_) => break (None, Bound::Time),
+            Ok(None) => return Buffered::Whole(read.finish(), None),
+            Ok(Some(Err(error))) => break (Some(Err(error)), Bound::Broken),
+            Ok(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) => data,
+                Err(frame) => return Buffered::Whole(read.finish(), frame.into_trailers().ok()),
+            },
         };
-        let bound = match frame.as_ref().map(Frame::data_ref) {
-            Ok(Some(data)) => {
-                size += data.len();
-                (size > limit).then_some(Bound::Size)
-            }
-            Ok(None) => Some(Bound::Trailers),
-            Err(_) => Some(Bound::Broken),
-        };
-        read.push_back(frame);
-        if let Some(bound) = bound {
-            break bound;
+        if data.len() > limit - read.len() {
+            break (Some(Ok(Frame::data(data))), Bound::Size);
         }
+        read.push(data);
     };
-    Buffered::Beyond(Body::new(Resumed { read, rest: body }), bound)
+    Buffered::Beyond(Body::new(Resumed { read: read.finish(), next, rest: body }), bound)
 }
 
-fn joined(mut read: VecDeque<Result<Frame<Bytes>, Error>>, size: usize) -> Bytes {
-    if read.len() == 1
-        && let Some(Ok(Ok(only))) = read.pop_front().map(|frame| frame.map(Frame::into_data))
-    {
-        return only;
+/// A body that was buffered whole, to be read again.
+pub(super) fn whole(bytes: Bytes, trailers: Option<HeaderMap>) -> Body {
+    match trailers {
+        None => Body::from(bytes),
+        Some(trailers) => {
+            let next = Some(Ok(Frame::trailers(trailers)));
+            Body::new(Resumed { read: bytes, next, rest: Body::empty() })
+        }
     }
-    let mut whole = BytesMut::with_capacity(size);
-    for data in read.into_iter().flatten().filter_map(|frame| frame.into_data().ok()) {
-        whole.extend_from_slice(&data);
+}
+
+/// Pieces put together: one is not copied, and however small many are, they take no more than
+/// their bytes.
+#[derive(Default)]
+struct Joined {
+    only: Bytes,
+    all: BytesMut,
+}
+
+impl Joined {
+    fn len(&self) -> usize {
+        self.only.len() + self.all.len()
     }
-    whole.freeze()
+
+    fn push(&mut self, data: Bytes) {
+        if self.len() == 0 {
+            self.only = data;
+            return;
+        }
+        self.all.extend_from_slice(&std::mem::take(&mut self.only));
+        self.all.extend_from_slice(&data);
+    }
+
+    fn finish(self) -> Bytes {
+        if self.all.is_empty() { self.only } else { self.all.freeze() }
+    }
 }
 
 /// A body of which the beginning was already read.
 struct Resumed {
-    read: VecDeque<Result<Frame<Bytes>, Error>>,
+    /// The beginning.
+    read: Bytes,
+    /// What came after it and did not fit.
+    next: Option<Result<Frame<Bytes>, Error>>,
     rest: Body,
 }
 
@@ -90,29 +112,32 @@ impl http_body::Body for Resumed {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        match self.read.pop_front() {
-            Some(frame) => Poll::Ready(Some(frame)),
+        if !self.read.is_empty() {
+            let read = std::mem::take(&mut self.read);
+            return Poll::Ready(Some(Ok(Frame::data(read))));
+        }
+        match self.next.take() {
+            Some(next) => Poll::Ready(Some(next)),
             None => Pin::new(&mut self.rest).poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.read.is_empty() && self.rest.is_end_stream()
+        self.read.is_empty() && self.next.is_none() && self.rest.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        let read: u64 = self
-            .read
-            .iter()
-            .flatten()
-            .filter_map(Frame::data_ref)
-            .map(|data| data.len() as u64)
-            .sum();
-        let rest = self.rest.size_hint();
+        let next = match &self.next {
+            None => 0,
+            Some(Ok(frame)) if frame.is_data() => frame.data_ref().map_or(0, Bytes::len),
+            // A length that was announced would leave no room for trailers.
+            Some(_) => return SizeHint::new(),
+        };
+        let (known, rest) = ((self.read.len() + next) as u64, self.rest.size_hint());
         let mut hint = SizeHint::new();
-        hint.set_lower(rest.lower().saturating_add(read));
+        hint.set_lower(rest.lower().saturating_add(known));
         if let Some(upper) = rest.upper() {
-            hint.set_upper(upper.saturating_add(read));
+            hint.set_upper(upper.saturating_add(known));
         }
         hint
     }

@@ -242,7 +242,9 @@ pub async fn parse<E, Source, R>(
             let request = exchange.request_for_extractor();
             (Parsed::Keyed(exchange), request)
         }
-        Opened::Unkeyed(Unkeyed::Plain(request)) => (Parsed::Plain, *request),
+        Opened::Unkeyed(Unkeyed::Plain(request) | Unkeyed::Unprotected(request)) => {
+            (Parsed::Plain, *request)
+        }
         Opened::Unkeyed(Unkeyed::Refused(response)) => return Err(Guarded::Response(*response)),
     };
     match extract(request).await {

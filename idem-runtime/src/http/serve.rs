@@ -9,15 +9,15 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use tokio::sync::oneshot;
 
-use super::body::{Bound, Buffered, buffer};
+use super::body::{Bound, Buffered, buffer, whole};
 use crate::{
     anchor::{AnchorError, AnchorRequest, KeyRules},
     detach::FinishAnyway,
-    engine::{Admission, Call, End, Ended, Run, Shared},
-    fingerprint::{Subject, under_scheme},
+    engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
+    fingerprint::{Subject, scheme_needs_body, under_scheme},
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
     operation::Operation,
@@ -79,8 +79,7 @@ pub(crate) fn serve(
     async move {
         match Exchange::open(shared, policy, request).await {
             Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner).await,
-            Opened::Unkeyed(Unkeyed::Plain(request)) => plain(*request, runner).await,
-            Opened::Unkeyed(Unkeyed::Refused(response)) => *response,
+            Opened::Unkeyed(unkeyed) => unkeyed.conduct(runner).await,
         }
     }
     .boxed()
@@ -97,9 +96,23 @@ pub(crate) struct Exchange {
 }
 
 enum Content {
-    Buffered(Bytes),
+    /// All of it, and its trailers.
+    Buffered(Bytes, Option<HeaderMap>),
     /// Nothing needed it.
     Untouched(Body),
+    /// Nothing needed it, and the handler's own extractor has it.
+    Taken,
+}
+
+impl Content {
+    /// What is left of it for the handler.
+    fn into_body(self) -> Body {
+        match self {
+            Self::Buffered(bytes, trailers) => whole(bytes, trailers),
+            Self::Untouched(body) => body,
+            Self::Taken => Body::empty(),
+        }
+    }
 }
 
 /// What a request turned out to be.
@@ -114,6 +127,8 @@ pub(crate) enum Opened {
 pub(crate) enum Unkeyed {
     /// It runs as plain axum.
     Plain(Box<Request>),
+    /// It runs without protection, since its key is optional and not there.
+    Unprotected(Box<Request>),
     /// It is answered already.
     Refused(Box<Response>),
 }
@@ -142,32 +157,36 @@ impl Exchange {
         let needs_body = policy.anchor.needs_body()
             || policy.scope.needs_body()
             || policy.fingerprint.needs_body();
-        if needs_body && let Err(kind) = exchange.buffer().await {
+        if needs_body && let Err(bound) = exchange.buffer().await {
+            let kind = match bound {
+                Bound::Size => RefusalKind::BodyTooLarge,
+                Bound::Broken | Bound::Time => RefusalKind::BodyMalformed,
+            };
             return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
         }
         Opened::Keyed(Box::new(exchange))
     }
 
-    async fn buffer(&mut self) -> Result<(), RefusalKind> {
-        let untouched = std::mem::replace(&mut self.body, Content::Buffered(Bytes::new()));
-        let Content::Untouched(body) = untouched else {
-            self.body = untouched;
-            return Ok(());
-        };
-        // How long a client may take for its request is for the server to say.
-        let (body, kind) = match buffer(body, self.shared.limits.request_body, Duration::MAX).await
-        {
-            Buffered::Whole(bytes) => {
-                self.body = Content::Buffered(bytes);
+    /// Reads the body, unless it was read before.
+    async fn buffer(&mut self) -> Result<(), Bound> {
+        let body = match std::mem::replace(&mut self.body, Content::Taken) {
+            Content::Untouched(body) => body,
+            other => {
+                self.body = other;
                 return Ok(());
             }
-            Buffered::Beyond(body, Bound::Size) => (body, RefusalKind::BodyTooLarge),
-            Buffered::Beyond(body, Bound::Broken | Bound::Time | Bound::Trailers) => {
-                (body, RefusalKind::BodyMalformed)
-            }
         };
-        self.body = Content::Untouched(body);
-        Err(kind)
+        // How long a client may take for its request is for the server to say.
+        match buffer(body, self.shared.limits.request_body, Duration::MAX).await {
+            Buffered::Whole(bytes, trailers) => {
+                self.body = Content::Buffered(bytes, trailers);
+                Ok(())
+            }
+            Buffered::Beyond(body, bound) => {
+                self.body = Content::Untouched(body);
+                Err(bound)
+            }
+        }
     }
 
     /// Whether an extractor of the handler can be run before the claim: everything that it reads
@@ -175,9 +194,11 @@ impl Exchange {
     pub(crate) fn request_for_extractor(&mut self) -> Request {
         // The handler and the engine share one cell, whoever asks for it first.
         let operation = self.operation();
-        let body = match &mut self.body {
-            Content::Buffered(bytes) => Body::from(bytes.clone()),
-            Content::Untouched(body) => std::mem::take(body),
+        let body = match &self.body {
+            Content::Buffered(bytes, trailers) => whole(bytes.clone(), trailers.clone()),
+            Content::Untouched(_) | Content::Taken => {
+                std::mem::replace(&mut self.body, Content::Taken).into_body()
+            }
         };
         self.head.extensions.insert(operation);
         Request::from_parts(self.head.clone(), body)
@@ -189,8 +210,8 @@ impl Exchange {
 
     fn anchor_request(&self) -> AnchorRequest<'_> {
         let body = match &self.body {
-            Content::Buffered(bytes) => bytes.as_ref(),
-            Content::Untouched(_) => b"",
+            Content::Buffered(bytes, _) => bytes.as_ref(),
+            Content::Untouched(_) | Content::Taken => b"",
         };
         AnchorRequest { head: &self.head, parameters: &self.parameters, body }
     }
@@ -206,7 +227,7 @@ impl Exchange {
     fn without_key(self, error: &AnchorError) -> Unkeyed {
         if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
             self.tell(Outcome::Unprotected, None);
-            return Unkeyed::Plain(Box::new(self.into_request()));
+            return Unkeyed::Unprotected(Box::new(self.into_request()));
         }
         self.refused(Refusal::of_key(error))
     }
@@ -228,15 +249,11 @@ impl Exchange {
     }
 
     fn into_request(self) -> Request {
-        let body = match self.body {
-            Content::Buffered(bytes) => Body::from(bytes),
-            Content::Untouched(body) => body,
-        };
-        Request::from_parts(self.head, body)
+        Request::from_parts(self.head, self.body.into_body())
     }
 
     fn tell(&self, outcome: Outcome, operation_id: Option<OperationId>) {
-        self.shared.observer.observe(&Event {
+        self.shared.observe(&Event {
             outcome,
             operation: self.endpoint.text(),
             operation_id,
@@ -251,14 +268,11 @@ impl Exchange {
         let call = match self.call(arguments) {
             Ok(call) => call,
             Err(unusable) => {
-                let opened = match unusable {
+                let unkeyed = match unusable {
                     Unusable::Key(error) => self.without_key(&error),
                     Unusable::Other(refusal) => self.refused(refusal),
                 };
-                return match opened {
-                    Unkeyed::Plain(request) => plain(*request, runner).await,
-                    Unkeyed::Refused(response) => *response,
-                };
+                return unkeyed.conduct(runner).await;
             }
         };
         let (shared, operation) = (Arc::clone(&self.shared), Arc::clone(&call.operation));
@@ -302,13 +316,9 @@ impl Exchange {
         }
     }
 
-    async fn claim(self: Box<Self>, call: Call, runner: Runner) -> Response {
-        let admission = {
-            let subject = self.subject();
-            let digester = &self.shared.digester;
-            let under_scheme = |scheme: &str| under_scheme(scheme, digester, &subject)?.ok();
-            self.shared.admit(&call, &under_scheme).await
-        };
+    async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Response {
+        let shared = Arc::clone(&self.shared);
+        let admission = shared.admit(&call, &mut *self).await;
         let enforced = self.policy.mode == Mode::Enforce;
         match admission {
             Admission::Run(run) => self.run(run, runner).await,
@@ -320,45 +330,50 @@ impl Exchange {
                 }
             }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
-            Admission::Refuse(_) | Admission::Unprotected => {
-                plain(self.into_request(), runner).await
-            }
+            Admission::Refuse(_) => plain(self.into_request(), runner).await,
+            Admission::Unprotected => unprotected(self.into_request(), runner).await,
         }
     }
 
     async fn run(self: Box<Self>, run: Run, runner: Runner) -> Response {
-        let Self { shared, policy, mut head, body, endpoint, .. } = *self;
+        let Self { shared, policy, mut head, body, .. } = *self;
         let operation = head.extensions.get_or_insert_default::<Operation>();
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
-        let body = match body {
-            Content::Buffered(bytes) => Body::from(bytes),
-            Content::Untouched(body) => body,
-        };
-        let request = Request::from_parts(head, body);
-        let work = carried(&shared, async move { runner(request).await }.boxed());
-        let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(Some(Ran::Answered(response))) => weigh(&shared, &policy, response).await,
-            Ok(Some(Ran::Rejected(response))) => (response, End::Forget),
-            Ok(None) | Err(_) => {
-                let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(operation_id);
-                (shared.render(&policy, refusal).map(Body::from), End::Release)
+        let request = Request::from_parts(head, body.into_body());
+        // Everything of the application's is in here, up to the last piece of its response's body.
+        let work = async {
+            match carried(&shared, async move { runner(request).await }.boxed()).await? {
+                Ran::Answered(response) => Some(weigh(&shared, &policy, response).await),
+                Ran::Rejected(response) => Some((response, End::Forget)),
             }
+        };
+        let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
+            Ok(Some((response, end))) => (Some(response), end),
+            // Where idem only observes, a panic is the server's own affair.
+            Err(panic) if policy.mode == Mode::Observe => {
+                let _ = run.end(End::Release).await;
+                std::panic::resume_unwind(panic);
+            }
+            Ok(None) | Err(_) => (None, End::Release),
         };
         let (ended, outcome) = run.end(end).await;
-        let exchange = |refusal: Refusal| shared.render(&policy, refusal).map(Body::from);
+        let refused = |kind, id| {
+            let refusal = Refusal::new(kind).about(id);
+            shared.render(&policy, refusal).map(Body::from)
+        };
+        let response =
+            response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
+        let lost = |id| refused(RefusalKind::LeaseLost, id);
         let (mut response, operation_id) = match ended {
             _ if policy.mode != Mode::Enforce => (response, operation_id),
-            Ended::Own => (response, operation_id),
+            Ended::Own | Ended::Unrecorded => (response, operation_id),
             Ended::Theirs(theirs, id) => match replayed(theirs) {
                 Some(response) => (response, id),
-                None => (exchange(Refusal::new(RefusalKind::LeaseLost).about(id)), id),
+                None => (lost(id), id),
             },
-            Ended::Lost => {
-                (exchange(Refusal::new(RefusalKind::LeaseLost).about(operation_id)), operation_id)
-            }
+            Ended::Lost => (lost(operation_id), operation_id),
         };
-        drop(endpoint);
         response.extensions_mut().insert(Handled { outcome, operation_id: Some(operation_id) });
         response
     }
@@ -377,10 +392,52 @@ impl Exchange {
     }
 }
 
+impl Comparable for Exchange {
+    fn under_scheme<'a>(&'a mut self, scheme: &'a str) -> BoxFuture<'a, Compared> {
+        async move {
+            if scheme_needs_body(scheme) {
+                match self.buffer().await {
+                    Ok(()) if matches!(self.body, Content::Taken) => {
+                        return Compared::Unable(RefusalKind::RecordUnreadable);
+                    }
+                    Ok(()) => {}
+                    // None that is as large was ever recorded under a scheme that covers it.
+                    Err(Bound::Size) => return Compared::Other,
+                    Err(_) => return Compared::Unable(RefusalKind::BodyMalformed),
+                }
+            }
+            match under_scheme(scheme, &self.shared.digester, &self.subject()) {
+                Some(Ok(fingerprint)) => Compared::Fingerprint(fingerprint),
+                Some(Err(_)) => Compared::Other,
+                None => Compared::Unable(RefusalKind::RecordUnreadable),
+            }
+        }
+        .boxed()
+    }
+}
+
 /// Why a request cannot be protected.
 enum Unusable {
     Key(AnchorError),
     Other(Refusal),
+}
+
+impl Unkeyed {
+    async fn conduct(self, runner: Runner) -> Response {
+        match self {
+            Self::Plain(request) => plain(*request, runner).await,
+            Self::Unprotected(request) => unprotected(*request, runner).await,
+            Self::Refused(response) => *response,
+        }
+    }
+}
+
+/// Runs a handler that is not protected though it could be, and says so.
+async fn unprotected(request: Request, runner: Runner) -> Response {
+    let mut response = plain(request, runner).await;
+    let handled = Handled { outcome: Outcome::Unprotected, operation_id: None };
+    response.extensions_mut().insert(handled);
+    response
 }
 
 /// Runs a handler as plain axum does.
@@ -419,25 +476,39 @@ async fn weigh(shared: &Shared, policy: &Resolved, response: Response) -> (Respo
     let (head, body) = response.into_parts();
     let limits = &shared.limits;
     match buffer(body, limits.response_body, limits.response_time).await {
-        Buffered::Whole(bytes) => {
+        Buffered::Whole(bytes, None) => {
             warn_of_outer_headers(shared, &head.headers);
-            let kept = head.headers.iter().filter(|(name, _)| !shared.left_out.contains(name));
+            let nominated = nominated(&head.headers);
+            let kept = head.headers.iter().filter(|(name, _)| {
+                !shared.left_out.contains(name)
+                    && !nominated.iter().any(|other| name.as_str() == other)
+            });
             let headers: Vec<_> =
                 kept.map(|(k, v)| (k.as_str().as_bytes(), v.as_bytes())).collect();
             let payload = RecordedResponse::encode(status.as_u16(), &headers, &bytes);
             (Response::from_parts(head, Body::from(bytes)), End::Complete(payload))
         }
         // The fact is recorded before the first byte leaves; the rest is streamed.
-        Buffered::Beyond(body, _) => {
-            let payload = RecordedResponse::encode(status.as_u16(), &[], b"");
-            (Response::from_parts(head, body), End::Tombstone(payload))
+        Buffered::Whole(bytes, trailers) => {
+            (Response::from_parts(head, whole(bytes, trailers)), tombstone(status))
         }
+        Buffered::Beyond(body, _) => (Response::from_parts(head, body), tombstone(status)),
     }
+}
+
+/// The headers that are the connection's because it says so (RFC 9110 §7.6.1).
+fn nominated(headers: &HeaderMap) -> Vec<String> {
+    let lines = headers.get_all(header::CONNECTION).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(|name| name.trim().to_ascii_lowercase()).collect()
+}
+
+fn tombstone(status: StatusCode) -> End {
+    End::Tombstone(RecordedResponse::encode(status.as_u16(), &[], b""))
 }
 
 /// What only layers set belongs outside of idem: a replay under another origin, encoding or
 /// request id would be wrong.
-fn warn_of_outer_headers(shared: &Shared, headers: &http::HeaderMap) {
+fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
     let outer = [
         header::CONTENT_ENCODING,
         header::ACCESS_CONTROL_ALLOW_ORIGIN,
@@ -493,8 +564,7 @@ fn endpoint(head: &Parts, parameters: &[(String, String)]) -> Endpoint {
         None => {
             let original = head.extensions.get::<OriginalUri>();
             let path = original.map_or(&head.uri, |OriginalUri(uri)| uri).path();
-            let decoded = percent_encoding::percent_decode_str(path).collect::<Vec<u8>>();
-            Endpoint::unmatched(method, &decoded)
+            Endpoint::unmatched(method, path)
         }
     }
 }

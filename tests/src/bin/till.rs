@@ -1,0 +1,72 @@
+//! A process that is killed: it serves `POST /pay` over a database file that it may share.
+//!
+//! `till <database> <effects> <lease in milliseconds>` prints its address, and then a line whenever
+//! a handler stops for good. It ends when its standard input does.
+
+#![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+use std::{env, fs::OpenOptions, io::Write, path::PathBuf, time::Duration};
+
+use axum::{
+    Router,
+    extract::{FromRef, State},
+    http::StatusCode,
+    routing::post,
+};
+use idem_runtime::{Idempotency, Operation, Scope, idempotent, store::SqliteStore};
+use tokio::{io::AsyncReadExt, net::TcpListener};
+
+#[derive(Clone)]
+struct Till {
+    engine: Idempotency,
+    effects: PathBuf,
+}
+
+impl FromRef<Till> for Idempotency {
+    fn from_ref(till: &Till) -> Self {
+        till.engine.clone()
+    }
+}
+
+impl Till {
+    /// One line an effect, in a file of which no process has more than its end.
+    fn happen(&self, operation: &Operation, body: &str) {
+        let file = OpenOptions::new().append(true).create(true).open(&self.effects);
+        let line = format!("{} {} {body}\n", operation.id(), operation.attempt());
+        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("a written effect");
+    }
+}
+
+/// Stops for good where its body says, in the first attempt.
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn pay(State(till): State<Till>, operation: Operation, body: String) -> (StatusCode, String) {
+    if body == "stop before" && operation.attempt() == 1 {
+        println!("stopped");
+        std::future::pending::<()>().await;
+    }
+    tokio::task::yield_now().await;
+    till.happen(&operation, &body);
+    if body == "stop after" && operation.attempt() == 1 {
+        println!("stopped");
+        std::future::pending::<()>().await;
+    }
+    (StatusCode::CREATED, format!("attempt {} of {}", operation.attempt(), operation.id()))
+}
+
+#[tokio::main(worker_threads = 2)]
+async fn main() {
+    let mut arguments = env::args().skip(1);
+    let mut argument = || arguments.next().expect("an argument");
+    let store = SqliteStore::open(argument()).await.expect("a store");
+    let effects = argument().into();
+    let lease = Duration::from_millis(argument().parse().expect("milliseconds"));
+    let engine = Idempotency::builder(store).scope(Scope::header("X-API-Key")).lease(lease).build();
+    let app = Router::new().route("/pay", post(pay)).with_state(Till { engine, effects });
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    println!("{}", listener.local_addr().expect("an address"));
+    let (mut input, mut nothing) = (tokio::io::stdin(), Vec::new());
+    tokio::select! {
+        served = axum::serve(listener, app) => served.expect("a server"),
+        _ = input.read_to_end(&mut nothing) => {}
+    }
+}
