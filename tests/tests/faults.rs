@@ -12,9 +12,9 @@ use idem_runtime::{
 };
 use tests::{
     faults::{Call, Fault, Ground, HangUp, PATIENCE, eventually},
-    on_both_stores,
     server::{Answer, Server, send},
     shop::{Place, Shop, payment},
+    with_faults_on_both_stores,
 };
 use tokio::time::Instant;
 
@@ -26,7 +26,7 @@ fn refused(answer: &Answer) -> (u16, String) {
     (answer.status, answer.code())
 }
 
-on_both_stores!(
+with_faults_on_both_stores!(
     a_store_that_fails_at_the_claim_refuses_and_runs_nothing,
     a_store_that_fails_at_the_claim_lets_run_what_the_policy_says,
     a_store_that_never_answers_a_claim_is_waited_for_as_long_as_was_said,
@@ -327,7 +327,7 @@ async fn an_observer_that_panics_harms_nobody(ground: Ground) {
 }
 
 async fn a_refusal_that_cannot_be_rendered_leaves_the_key_as_it_should_be(ground: Ground) {
-    let panics = |_: &Refusal| -> axum::http::Response<Bytes> { panic!("on purpose") };
+    let panics = |_: &Refusal| -> Response<Bytes> { panic!("on purpose") };
     let (shop, _) = Shop::with(&ground, |engine| engine.refusals(panics));
     for attempt in [1, 2] {
         assert!(shop.start_to_pay("k", "panic after").await.is_err());

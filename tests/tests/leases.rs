@@ -7,9 +7,9 @@ use std::time::Duration;
 use idem_runtime::{Outcome, store::StoreErrorKind};
 use tests::{
     faults::{Call, Fault, Gate, Ground, PATIENCE, eventually},
-    on_both_stores,
     server::Answer,
     shop::{Place, Shop},
+    with_faults_on_both_stores,
 };
 use tokio::{
     runtime,
@@ -36,7 +36,7 @@ async fn in_flight_for(time: Duration, shop: &Shop, key: &str, body: &str) {
     }
 }
 
-on_both_stores!(in real time:
+with_faults_on_both_stores!(in real time:
     a_handler_longer_than_its_lease_keeps_its_claim,
     a_handler_that_blocks_its_thread_keeps_its_claim_and_those_of_others,
     renewals_that_fail_are_tried_again_and_lose_no_claim,
@@ -180,7 +180,7 @@ async fn claims_that_run_together_are_renewed_together(ground: Ground) {
     assert_eq!((owner.effects.count(), other.effects.count()), (CLAIMS, 0));
 }
 
-on_both_stores!(
+with_faults_on_both_stores!(
     an_owner_that_was_replaced_answers_from_its_successors_record,
     an_owner_whose_successor_has_no_answer_says_that_it_lost_its_lease,
     an_owner_that_is_late_and_not_replaced_completes,
