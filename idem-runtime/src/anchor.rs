@@ -113,7 +113,8 @@ impl Anchor {
     }
 
     /// Several anchors together, in this order. Each keeps its own format; what else they say is
-    /// not heard, say it of the whole.
+    /// not heard, say it of the whole. Where the key is optional, a request that has some of them
+    /// and not all is refused.
     ///
     /// # Panics
     ///
