@@ -96,7 +96,13 @@ const OPTIONS: [(&str, &str); 17] = [
     ("crate", "crate = my_framework::idem"),
 ];
 
-const NOT_YET: [&str; 4] = ["admit", "replay", "issued", "transaction"];
+/// Options that are not built yet, and what is to be written instead.
+const NOT_YET: [(&str, &str); 4] = [
+    ("admit", "leave it out, and turn requests away in a layer or an extractor"),
+    ("replay", "leave it out, and a retry gets the recorded answer"),
+    ("issued", "leave it out, and clients choose their keys"),
+    ("transaction", "leave it out, and the answer is recorded when the handler has returned"),
+];
 
 pub(crate) fn parse(tokens: TokenStream, errors: &mut Errors) -> Args {
     let mut args = Args::default();
@@ -124,6 +130,9 @@ impl Args {
         }
         let key = input.call(Ident::parse_any)?;
         let name = key.to_string();
+        if let Some((_, instead)) = NOT_YET.iter().find(|(word, _)| name == *word) {
+            return Err(not_yet(&key, instead));
+        }
         let slot = match &*name {
             "anchor" => {
                 self.anchor_mentioned = true;
@@ -145,7 +154,6 @@ impl Args {
             "state" => return fill(&mut self.state, key, input, Type::parse),
             "crate" => return fill(&mut self.krate, key, input, Path::parse_mod_style),
             "optional" => return flag(&mut self.optional, key, input),
-            _ if NOT_YET.contains(&&*name) => return Err(not_yet(&key)),
             _ => return Err(unknown(&key)),
         };
         let recover = |input: ParseStream<'_>| {
@@ -220,12 +228,12 @@ fn skip_to_comma(input: ParseStream<'_>) -> Result<()> {
 }
 
 fn twice(key: &Ident) -> Error {
-    Error::new_spanned(key, format!("option `{key}` given twice"))
+    Error::new_spanned(key, format!("option `{key}` given twice: leave out one of them"))
 }
 
 /// The refusal of what the grammar has and the engine has not.
-pub(crate) fn not_yet(word: &Ident) -> Error {
-    Error::new_spanned(word, format!("`{word}` is not yet supported"))
+pub(crate) fn not_yet(word: &Ident, instead: &str) -> Error {
+    Error::new_spanned(word, format!("`{word}` is not yet supported: {instead}"))
 }
 
 fn no_value(key: &Ident) -> Error {

@@ -164,11 +164,15 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
         value::word(key, term, &[("success", "Success"), ("final", "Final"), ("all", "All")])
     });
     let in_flight = read(args.in_flight, errors, |key, term| {
-        supported(term, &["wait"])?;
+        supported(term, &["wait"], "write `reject`, and a duplicate is told when to try again")?;
         value::word(key, term, &[("reject", "Reject")])
     });
     let on_unknown = read(args.on_unknown, errors, |key, term| {
-        supported(term, &["refuse", "recover"])?;
+        supported(
+            term,
+            &["refuse", "recover"],
+            "write `rerun`, and derive downstream keys from `Operation`",
+        )?;
         value::word(key, term, &[("rerun", "Rerun")])
     });
     let mode = read(args.mode, errors, |key, term| {
@@ -217,12 +221,12 @@ fn ttl(key: &Ident, term: &Term) -> Result<Ttl> {
     }
 }
 
-fn supported(term: &Term, not_yet: &[&str]) -> Result<()> {
+fn supported(term: &Term, not_yet: &[&str], instead: &str) -> Result<()> {
     match term {
         Term::Word(word) | Term::Call(Call { word, .. })
             if not_yet.iter().any(|other| word == other) =>
         {
-            Err(args::not_yet(word))
+            Err(args::not_yet(word, instead))
         }
         _ => Ok(()),
     }

@@ -27,8 +27,9 @@ fn implementation(input: &DeriveInput) -> Result<TokenStream> {
     let here = Span::mixed_site();
     let writes = fields.iter().enumerate().map(|(index, field)| {
         let member = member(index, field);
-        let at = here.located_at(field.ty.span());
-        quote_spanned!(at=> #krate::AnchorValue::write(&self.#member, __values);)
+        let ty = &field.ty;
+        let at = here.located_at(ty.span());
+        quote_spanned!(at=> <#ty as #krate::AnchorValue>::write(&self.#member, __values);)
     });
     Ok(quote_spanned! {here=>
         impl #parameters #krate::AnchorValue for #name #arguments #conditions {

@@ -57,7 +57,7 @@ pub(crate) fn after_other_macros(checked: &Checked, args: &TokenStream) -> Optio
     if first.is_empty() || checked.others_have_run {
         return None;
     }
-    let private = private(checked);
+    let private = private(checked, Span::mixed_site());
     let undecorated = &handler.undecorated;
     Some(quote! {
         #(#first)*
@@ -67,28 +67,18 @@ pub(crate) fn after_other_macros(checked: &Checked, args: &TokenStream) -> Optio
     })
 }
 
-/// The hidden module of the runtime, absolutely.
-fn private(checked: &Checked) -> TokenStream {
-    let mixed = Span::mixed_site();
+/// The hidden module of the runtime, absolutely; as if it stood at the given
+/// place, unless the user wrote where it is: rustc then complains of that once.
+fn private(checked: &Checked, place: Span) -> TokenStream {
     match &checked.krate {
-        Some(path) => quote_spanned!(mixed=> #path::__private),
-        None => quote_spanned!(mixed=> ::idem_runtime::__private),
+        Some(path) => quote_spanned!(place=> #path::__private),
+        None => quote_spanned!(place=> ::idem_runtime::__private),
     }
-}
-
-/// The same path, as if it stood at the user's word: rustc underlines from the
-/// first token of an expression to the last.
-fn moved(path: &TokenStream, place: Span) -> TokenStream {
-    let mut path: Vec<TokenTree> = path.clone().into_iter().collect();
-    for token in &mut path {
-        token.set_span(token.span().located_at(place));
-    }
-    path.into_iter().collect()
 }
 
 pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let here = Span::mixed_site();
-    let p = &private(checked);
+    let p = &private(checked, here);
     let function = Function::of(checked, p);
 
     let signature = function.signature();
@@ -97,15 +87,16 @@ pub(crate) fn handler(checked: &Checked) -> TokenStream {
     let probe = function.streaming_probe();
     let run = function.run();
 
+    // With the braces of the user's: rustc takes a function for generated that ends elsewhere, and
+    // no longer says, among others, that nobody uses it.
+    let body = quote_spanned!(here=> #policy #checks #probe #run);
+    let mut block = Group::new(Delimiter::Brace, body);
+    block.set_span(checked.handler.body.span());
+
     let CheckedHandler { attributes, visibility, .. } = &checked.handler;
     quote_spanned! {here=>
         #(#attributes)*
-        #visibility #signature {
-            #policy
-            #checks
-            #probe
-            #run
-        }
+        #visibility #signature #block
     }
 }
 
@@ -145,11 +136,17 @@ impl<'a> Function<'a> {
 
         let mut signature = self.handler.signature.clone();
         outlive_the_request(&mut signature.generics);
+        // Located at the types that they stand for: what rustc says of the new ones is then said
+        // of those that the user wrote.
+        let (last, answer) = (at(last_type), at(returns));
+        let (at_last, at_answer) = (private(self.checked, last), private(self.checked, answer));
+        let last_type = quote_spanned!(last=> #at_last::Idem<#last_type, #source>);
+        let returns = quote_spanned!(answer=> #at_answer::Guarded<#returns>);
         signature.inputs = syn::parse_quote_spanned! {here=>
             #(#names: #types,)*
-            __idem: #p::Idem<#last_type, #source>
+            __idem: #last_type
         };
-        signature.output = syn::parse_quote_spanned!(here=> -> #p::Guarded<#returns>);
+        signature.output = syn::parse_quote_spanned!(here=> -> #returns);
         signature.into_token_stream()
     }
 
@@ -202,8 +199,9 @@ impl<'a> Function<'a> {
         };
         let p = self.private;
         let there = at(returns);
-        let at_type = moved(p, there);
-        let check = quote_spanned!(there=> #at_type::probe::Of::<#returns>::check(););
+        let at_type = private(self.checked, there);
+        let check =
+            quote_spanned!(there=> #at_type::probe::Of::<#returns>::idem_answer_is_complete(););
         Some(quote_spanned! {Span::mixed_site()=>
             {
                 // Unused where the answer streams and is refused.
@@ -220,20 +218,27 @@ impl<'a> Function<'a> {
         let body = self.body();
         // Located at the name, where rustc says why a future is not `Send`.
         let name = at(&self.handler.signature.ident);
-        let at_name = moved(p, name);
+        let at_name = private(self.checked, name);
         let body = quote_spanned!(name=> #at_name::boxed(async move { #body }));
+        // Located at the type, where rustc says that it is no response.
+        let returns = at(self.returns);
+        let at_returns = private(self.checked, returns);
         let expressions = self.argument_expressions();
         if expressions.is_empty() {
-            return quote_spanned!(here=> #p::run(__idem, __policy, move |__last: #last_type| #body).await);
+            let passed = quote_spanned!(here=> __idem, __policy, move |__last: #last_type| #body);
+            return quote_spanned!(returns=> #at_returns::run(#passed).await);
         }
         let arguments = self.arguments(&expressions);
+        let passed =
+            quote_spanned!(here=> __call, __arguments, __last, move |__last: #last_type| #body);
+        let run = quote_spanned!(returns=> #at_returns::run_parsed(#passed).await);
         quote_spanned! {here=>
             let (__call, __last) = match #p::parse(__idem, __policy).await {
                 ::core::result::Result::Ok(__parsed) => __parsed,
                 ::core::result::Result::Err(__answer) => return __answer,
             };
             #arguments
-            #p::run_parsed(__call, __arguments, __last, move |__last: #last_type| #body).await
+            #run
         }
     }
 

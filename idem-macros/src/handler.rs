@@ -29,12 +29,18 @@ fn read(input: ParseStream<'_>) -> Result<Handler> {
     let undecorated = input.fork().parse()?;
     let visibility = input.parse()?;
     if !function_follows(input) {
-        let message = "`#[idempotent]` goes on an axum handler (`async fn`): expected `fn`";
-        let error = input.error(message);
-        input.parse::<TokenStream>()?;
-        return Err(error);
+        return refuse(
+            input,
+            "`#[idempotent]` goes on an axum handler (`async fn`): expected `fn`",
+        );
     }
     let signature = input.parse()?;
+    if input.peek(Token![;]) {
+        return refuse(
+            input,
+            "a declaration has no body to protect: `#[idempotent]` goes on the function that has one",
+        );
+    }
 
     let block = input.fork().parse()?;
     let content;
@@ -56,6 +62,13 @@ fn read(input: ParseStream<'_>) -> Result<Handler> {
         }
     };
     Ok(Handler { attributes, visibility, signature, body: body.into(), undecorated })
+}
+
+/// What is left unread would be reported a second time, by `syn`.
+fn refuse(input: ParseStream<'_>, message: &str) -> Result<Handler> {
+    let error = input.error(message);
+    input.parse::<TokenStream>()?;
+    Err(error)
 }
 
 fn outer(inner: Attribute) -> Attribute {

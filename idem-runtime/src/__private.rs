@@ -68,7 +68,7 @@ pub mod probe {
     #[diagnostic::on_unimplemented(
         message = "this handler streams its response body: it cannot be recorded and replayed",
         label = "streaming response",
-        note = "`#[idempotent]` needs a response whose body is complete when the handler returns"
+        note = "`#[idempotent]` needs a response whose body is complete when the handler returns: answer with what names the stream, and stream from another handler"
     )]
     pub trait Recordable {}
 
@@ -84,7 +84,7 @@ pub mod probe {
     /// What every other type answers.
     pub trait Fallback {
         /// Nothing is wrong.
-        fn check() {}
+        fn idem_answer_is_complete() {}
     }
 
     impl<R> Fallback for Of<R> {}
@@ -93,7 +93,7 @@ pub mod probe {
         ($([$($parameter:ident),*] $response:ty;)*) => {$(
             impl<$($parameter),*> Of<$response> {
                 /// Something is.
-                pub fn check()
+                pub fn idem_answer_is_complete()
                 where
                     Sse<S>: Recordable,
                 {

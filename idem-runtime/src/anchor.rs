@@ -67,6 +67,7 @@ impl Anchor {
     /// # Panics
     ///
     /// In a constant: does not compile when `name` is not a header name (RFC 9110 §5.1).
+    #[track_caller]
     pub const fn header(name: &'static str) -> Self {
         assert!(is_header_name(name), "Anchor::header: not a valid header name");
         Self::of(Source::Header(name))
@@ -83,6 +84,7 @@ impl Anchor {
     /// # Panics
     ///
     /// In a constant: does not compile when the path is empty or has an empty name between dots.
+    #[track_caller]
     pub const fn body_field(path: &'static str) -> Self {
         assert!(is_field_path(path), "Anchor::body_field: a name in the path is empty");
         Self::of(Source::BodyField(path))
@@ -93,6 +95,7 @@ impl Anchor {
     /// # Panics
     ///
     /// In a constant: does not compile when `name` is empty.
+    #[track_caller]
     pub const fn path(name: &'static str) -> Self {
         assert!(!name.is_empty(), "Anchor::path: the name is empty");
         Self::of(Source::Path(name))
@@ -103,17 +106,20 @@ impl Anchor {
     /// # Panics
     ///
     /// In a constant: does not compile when `name` is empty.
+    #[track_caller]
     pub const fn query(name: &'static str) -> Self {
         assert!(!name.is_empty(), "Anchor::query: the name is empty");
         Self::of(Source::Query(name))
     }
 
     /// Several anchors together, in this order. Each keeps its own format; what else they say is
-    /// not heard, say it of the whole.
+    /// not heard, say it of the whole. Where the key is optional, a request that has some of them
+    /// and not all is refused.
     ///
     /// # Panics
     ///
     /// In a constant: does not compile when there is none.
+    #[track_caller]
     pub const fn all(anchors: &'static [Self]) -> Self {
         assert!(!anchors.is_empty(), "Anchor::all: at least one anchor is needed");
         Self::of(Source::All(anchors))
@@ -158,6 +164,7 @@ impl Anchor {
     ///
     /// In a constant: does not compile when it is zero.
     #[must_use]
+    #[track_caller]
     pub const fn ttl(mut self, ttl: Duration) -> Self {
         assert!(!ttl.is_zero(), "Anchor::ttl: a record that expires at once protects nothing");
         self.options.ttl = Some(Ttl::For(ttl));
@@ -181,6 +188,7 @@ impl Anchor {
     /// Within what the key is unique: all handlers that name this space share their keys. Without
     /// it, each operation is a space of its own.
     #[must_use]
+    #[track_caller]
     pub const fn space(mut self, name: &'static str) -> Self {
         assert!(!name.is_empty(), "Anchor::space: the name is empty");
         self.options.space = Some(name);
@@ -288,6 +296,7 @@ impl Scope {
     /// # Panics
     ///
     /// In a constant: does not compile when `name` is not a header name.
+    #[track_caller]
     pub const fn header(name: &'static str) -> Self {
         assert!(is_header_name(name), "Scope::header: not a valid header name");
         Self(ScopeKind::One(Source::Header(name)))
@@ -304,6 +313,7 @@ impl Scope {
     }
 
     /// A field of the body.
+    #[track_caller]
     pub const fn body_field(path: &'static str) -> Self {
         assert!(is_field_path(path), "Scope::body_field: a name in the path is empty");
         Self(ScopeKind::One(Source::BodyField(path)))
@@ -328,6 +338,7 @@ impl Scope {
     }
 
     /// Several together, in this order.
+    #[track_caller]
     pub const fn all(scopes: &'static [Self]) -> Self {
         assert!(!scopes.is_empty(), "Scope::all: at least one scope is needed");
         Self(ScopeKind::All(scopes))
@@ -541,6 +552,7 @@ impl Format {
     ///
     /// In a constant: does not compile when the range is empty or begins at zero, since a key is
     /// never empty.
+    #[track_caller]
     pub const fn text(length: RangeInclusive<usize>) -> Self {
         let (min, max) = (*length.start(), *length.end());
         assert!(min >= 1 && min <= max, "Format::text: the range must be within 1..");
@@ -655,6 +667,9 @@ impl<'a> AnchorRequest<'a> {
     /// When the body is not JSON, a name stands twice on the path, or the value is an object or an
     /// array.
     pub fn body_field(&self, path: &'static str) -> Result<Option<String>, AnchorError> {
+        if self.body.is_empty() {
+            return Ok(None);
+        }
         if self.is_form() {
             return Ok(the_one_pair(self.body, path)?.map(Cow::into_owned));
         }

@@ -859,6 +859,7 @@ impl Run {
             end => end,
         };
         let outcome = end.outcome();
+        attempt.begin_to_end();
         let mut writing = self.write(end).boxed();
         let (ended, outcome, error) = match timeout(shared.limits.record_wait, &mut writing).await {
             Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),

@@ -157,7 +157,9 @@ impl Leases {
                 if let Some(entry) = registry.held.get_mut(&renewal.token) {
                     entry.due = later(since, renewal.lease / RENEWALS_PER_LEASE);
                 }
-            } else if let Some(entry) = registry.held.remove(&renewal.token) {
+            } else if let Some(entry) = registry.held.remove(&renewal.token)
+                && !entry.attempt.is_ending()
+            {
                 lost.push((entry.operation, entry.attempt));
             }
         }

@@ -62,8 +62,8 @@ pub use idem_macros::AnchorValue;
 pub use idem_macros::idempotent;
 
 pub use crate::http::{
-    EngineSource, Guarded, Handled, Idem, Idempotent, IdempotentArguments, IdempotentExt,
-    MissingEngine, REPLAYED, assert_handler,
+    EngineInExtension, EngineInRouterState, EngineSource, Guarded, Handled, Idem, Idempotent,
+    IdempotentArguments, IdempotentExt, MissingEngine, REPLAYED, assert_handler,
 };
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};

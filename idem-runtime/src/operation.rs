@@ -171,14 +171,30 @@ pub(crate) struct Attempt {
     pub(crate) number: u32,
     lost: AtomicBool,
     changed: Notify,
+    /// Whether its end is being written: that a claim is over then says nothing of who ended it.
+    ending: AtomicBool,
     /// `None` where nothing is claimed.
     journal: Option<Journal>,
 }
 
 impl Attempt {
     pub(crate) fn new(id: OperationId, number: u32, journal: Option<Journal>) -> Arc<Self> {
-        let (lost, changed) = (AtomicBool::new(false), Notify::new());
-        Arc::new(Self { id, number, lost, changed, journal })
+        Arc::new(Self {
+            id,
+            number,
+            lost: AtomicBool::new(false),
+            changed: Notify::new(),
+            ending: AtomicBool::new(false),
+            journal,
+        })
+    }
+
+    pub(crate) fn begin_to_end(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
     }
 
     pub(crate) fn lose(&self) {

@@ -139,6 +139,7 @@ macro_rules! shared_options {
             ///
             /// When it is zero: a record that expires at once protects nothing. In a constant, that
             /// does not compile.
+            #[track_caller]
             pub $($constness)? fn ttl(mut self, ttl: Duration) -> Self {
                 assert!(!ttl.is_zero(), "ttl: a record that expires at once protects nothing");
                 self.options.ttl = Some(Ttl::For(ttl));
@@ -192,6 +193,7 @@ macro_rules! shared_options {
             ///
             /// When it is zero: every claim would be lost at once. In a constant, that does not
             /// compile.
+            #[track_caller]
             pub $($constness)? fn lease(mut self, lease: Duration) -> Self {
                 assert!(!lease.is_zero(), "lease: a claim without a lease would be lost at once");
                 self.options.lease = Some(lease);

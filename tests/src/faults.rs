@@ -1,7 +1,5 @@
 //! Stores that fail on purpose, places at which to hold something up, clients that hang up.
 
-#![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
-
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
@@ -314,36 +312,36 @@ impl Ground {
 /// threads; `also on one thread`, on a current-thread runtime too; `in real time`, by a clock that
 /// runs.
 #[macro_export]
-macro_rules! on_both_stores {
+macro_rules! with_faults_on_both_stores {
     ($($test:ident),* $(,)?) => {
         mod memory {
-            $crate::on_both_stores!(@ (flavor = "multi_thread", worker_threads = 2) memory $($test)*);
+            $crate::with_faults_on_both_stores!(@ (flavor = "multi_thread", worker_threads = 2) memory $($test)*);
         }
         mod sqlite {
-            $crate::on_both_stores!(@ (flavor = "multi_thread", worker_threads = 2) sqlite $($test)*);
+            $crate::with_faults_on_both_stores!(@ (flavor = "multi_thread", worker_threads = 2) sqlite $($test)*);
         }
     };
     (in real time: $($test:ident),* $(,)?) => {
         mod memory_in_real_time {
-            $crate::on_both_stores!(
+            $crate::with_faults_on_both_stores!(
                 @ (flavor = "multi_thread", worker_threads = 2) memory_in_real_time $($test)*);
         }
         mod sqlite_in_real_time {
-            $crate::on_both_stores!(
+            $crate::with_faults_on_both_stores!(
                 @ (flavor = "multi_thread", worker_threads = 2) sqlite_in_real_time $($test)*);
         }
     };
     (also on one thread: $($test:ident),* $(,)?) => {
-        $crate::on_both_stores!($($test),*);
+        $crate::with_faults_on_both_stores!($($test),*);
         mod memory_on_one_thread {
-            $crate::on_both_stores!(@ () memory $($test)*);
+            $crate::with_faults_on_both_stores!(@ () memory $($test)*);
         }
         mod sqlite_on_one_thread {
-            $crate::on_both_stores!(@ () sqlite $($test)*);
+            $crate::with_faults_on_both_stores!(@ () sqlite $($test)*);
         }
     };
     (@ $runtime:tt $ground:ident $($test:ident)*) => {
-        $($crate::on_both_stores!(@@ $runtime $ground $test);)*
+        $($crate::with_faults_on_both_stores!(@@ $runtime $ground $test);)*
     };
     (@@ ($($runtime:tt)*) $ground:ident $test:ident) => {
         #[tokio::test($($runtime)*)]

@@ -1,7 +1,5 @@
 //! An application with one effect, which can be held up or fail in every place.
 
-#![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
-
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
@@ -158,7 +156,7 @@ impl FromRequest<Shop> for Slow {
 pub async fn pay(State(shop): State<Shop>, operation: Operation, Slow(body): Slow) -> Response {
     *shop.operation.lock().expect("a lock") = Some(operation.clone());
     if body == "block" {
-        thread::sleep(Duration::from_millis(700));
+        thread::sleep(Duration::from_millis(1_200));
     }
     shop.come_to(Place::BeforeEffect).await;
     assert_ne!(body, "panic before", "on purpose");

@@ -5,16 +5,16 @@
 
 use std::time::Duration;
 
-use axum::{extract::State, handler::Handler, response::Response};
+use axum::{body::Bytes, extract::State, handler::Handler, response::Response};
 use idem_runtime::{
-    Anchor, IdempotentExt, Outcome, Policy, StoreOutage,
+    Anchor, IdempotentExt, Outcome, Policy, Refusal, StoreOutage,
     store::StoreErrorKind::{self, Corrupt, Full, Newer, Refused, TimedOut, TooLarge, Unreachable},
 };
 use tests::{
     faults::{Call, Fault, Ground, HangUp, PATIENCE, eventually},
-    on_both_stores,
     server::{Answer, Server, send},
     shop::{Place, Shop, payment},
+    with_faults_on_both_stores,
 };
 use tokio::time::Instant;
 
@@ -26,7 +26,7 @@ fn refused(answer: &Answer) -> (u16, String) {
     (answer.status, answer.code())
 }
 
-on_both_stores!(
+with_faults_on_both_stores!(
     a_store_that_fails_at_the_claim_refuses_and_runs_nothing,
     a_store_that_fails_at_the_claim_lets_run_what_the_policy_says,
     a_store_that_never_answers_a_claim_is_waited_for_as_long_as_was_said,
@@ -46,6 +46,7 @@ on_both_stores!(
     a_panic_after_the_client_hung_up_releases_the_key,
     a_handler_that_panics_before_its_first_await_is_caught,
     an_observer_that_panics_harms_nobody,
+    a_refusal_that_cannot_be_rendered_leaves_the_key_as_it_should_be,
 );
 
 async fn a_store_that_fails_at_the_claim_refuses_and_runs_nothing(ground: Ground) {
@@ -291,7 +292,6 @@ async fn a_panic_after_the_client_hung_up_releases_the_key(ground: Ground) {
     assert_eq!((retry.code().as_str(), shop.operation().attempt()), ("handler_panicked", 2));
 }
 
-#[expect(clippy::manual_async_fn, reason = "it panics before there is a future")]
 fn panics_at_once(State(shop): State<Shop>) -> impl Future<Output = Response> + Send {
     assert!(shop.effects.happen() > 2, "on purpose");
     async { Response::default() }
@@ -324,4 +324,16 @@ async fn an_observer_that_panics_harms_nobody(ground: Ground) {
     held.open();
     assert_eq!(running.await.expect("an answer").status, 201);
     assert!(shop.pay("k", "201").await.is_replay());
+}
+
+async fn a_refusal_that_cannot_be_rendered_leaves_the_key_as_it_should_be(ground: Ground) {
+    let panics = |_: &Refusal| -> Response<Bytes> { panic!("on purpose") };
+    let (shop, _) = Shop::with(&ground, |engine| engine.refusals(panics));
+    for attempt in [1, 2] {
+        assert!(shop.start_to_pay("k", "panic after").await.is_err());
+        assert_eq!(shop.operation().attempt(), attempt);
+    }
+    // What has panicked is over: it does not go on in the background.
+    assert_eq!((shop.told(Outcome::Released), shop.told(Outcome::Detached)), (2, 0));
+    assert_eq!(shop.engine.detached(), 0);
 }

@@ -80,6 +80,11 @@ async fn json_refuses_a_body_that_can_be_read_in_two_ways(bench: Bench) {
     for body in [r#"{"a":1,"a":2}"#, r#"[{"b":{"a":1,"\u0061":1}}]"#] {
         send(server.post("/", "k", body)).await.assert_refused(400, "body_malformed");
     }
+    let fields = Policy::new(KEY).fingerprint(FingerprintScheme::body_fields(&["to"]));
+    let server = bench.serve(fields, bench.numbered()).await;
+    for body in [r#"{"to":1,"to":1}"#, r#"{"to":{"a":1,"a":2}}"#] {
+        send(server.post("/", "k", body)).await.assert_refused(400, "body_malformed");
+    }
     assert_eq!((bench.effects.count(), bench.store.claims().len()), (0, 0));
 }
 

@@ -16,9 +16,9 @@ use futures_util::stream;
 use idem_runtime::{Anchor, IdempotentExt, Operation, Outcome, Policy};
 use tests::{
     faults::{Call, Faults, Gate, Ground, HangUp, PATIENCE, eventually, http1_request},
-    on_both_stores,
     server::{Server, send},
     shop::{Place, Shop, payment},
+    with_faults_on_both_stores,
 };
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
@@ -152,7 +152,7 @@ async fn a_hang_up_before_the_body_is_there_claims_nothing(ground: Ground) {
     );
 }
 
-on_both_stores!(also on one thread:
+with_faults_on_both_stores!(also on one thread:
     a_hang_up_anywhere_leaves_the_effect_once_and_its_answer,
     a_hang_up_while_a_claim_is_given_up_leaves_the_key_to_the_next_attempt,
     a_hang_up_while_a_key_is_forgotten_leaves_it_as_new,

@@ -6,17 +6,18 @@ use std::time::Duration;
 
 use idem_runtime::{Outcome, store::StoreErrorKind};
 use tests::{
-    faults::{Call, Fault, Ground, PATIENCE, eventually},
-    on_both_stores,
+    faults::{Call, Fault, Gate, Ground, PATIENCE, eventually},
     server::Answer,
     shop::{Place, Shop},
+    with_faults_on_both_stores,
 };
 use tokio::{
     runtime,
+    task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 
-const SHORT: Duration = Duration::from_millis(150);
+const SHORT: Duration = Duration::from_millis(300);
 /// Longer than the default lease.
 const LAPSE: Duration = Duration::from_secs(31);
 
@@ -35,12 +36,13 @@ async fn in_flight_for(time: Duration, shop: &Shop, key: &str, body: &str) {
     }
 }
 
-on_both_stores!(in real time:
+with_faults_on_both_stores!(in real time:
     a_handler_longer_than_its_lease_keeps_its_claim,
     a_handler_that_blocks_its_thread_keeps_its_claim_and_those_of_others,
     renewals_that_fail_are_tried_again_and_lose_no_claim,
     a_sweep_that_never_ends_keeps_no_renewal_waiting,
     an_answer_that_waits_to_be_recorded_keeps_its_claim,
+    an_owner_whose_completion_is_not_answered_yet_has_not_lost_its_lease,
     claims_that_run_together_are_renewed_together,
 );
 
@@ -50,7 +52,7 @@ async fn a_handler_longer_than_its_lease_keeps_its_claim(ground: Ground) {
     let held = owner.hold_at(Place::AfterEffect);
     let running = owner.start_to_pay("k", "201");
     held.reached().await;
-    in_flight_for(SHORT * 5, &other, "k", "201").await;
+    in_flight_for(SHORT * 4, &other, "k", "201").await;
     held.open();
     assert_eq!(running.await.expect("an answer").text(), other.pay("k", "201").await.text());
     assert_eq!((owner.effects.count(), other.effects.count()), (1, 0));
@@ -71,7 +73,7 @@ async fn a_handler_that_blocks_its_thread_keeps_its_claim_and_those_of_others(gr
         }
         let blocking = owner.start_to_pay(&blocked, "block");
         sleep(Duration::from_millis(50)).await;
-        in_flight_for(Duration::from_millis(450), &other, &blocked, "block").await;
+        in_flight_for(SHORT * 3, &other, &blocked, "block").await;
         if begin_with_a_long_lease {
             in_flight_for(Duration::from_millis(1), &other, &earlier, "201").await;
         }
@@ -136,6 +138,20 @@ async fn an_answer_that_waits_to_be_recorded_keeps_its_claim(ground: Ground) {
     assert_eq!((owner.effects.count(), other.effects.count()), (1, 0));
 }
 
+/// The store says of its claim that it is over, since it is completed.
+async fn an_owner_whose_completion_is_not_answered_yet_has_not_lost_its_lease(ground: Ground) {
+    let (owner, faults) = Shop::with(&ground, |engine| engine.lease(SHORT));
+    let late = faults.hold_after(Call::Complete);
+    let running = owner.start_to_pay("k", "201");
+    late.reached().await;
+    eventually("it is renewed", || faults.answers(Call::Renew) > 0).await;
+    late.open();
+    let answer = running.await.expect("an answer");
+    assert_eq!((answer.status, answer.is_replay()), (201, false));
+    assert_eq!((owner.told(Outcome::LeaseLost), owner.told(Outcome::Recorded)), (0, 1));
+    assert!(!owner.operation().is_lease_lost());
+}
+
 async fn claims_that_run_together_are_renewed_together(ground: Ground) {
     const CLAIMS: usize = 500;
     let lease = Duration::from_millis(900);
@@ -157,14 +173,14 @@ async fn claims_that_run_together_are_renewed_together(ground: Ground) {
     for number in 0..CLAIMS {
         assert!(is_in_flight(&other.pay(&number.to_string(), "201").await), "{number}");
     }
-    gates.iter().for_each(tests::faults::Gate::open);
+    gates.iter().for_each(Gate::open);
     for answer in running {
         assert_eq!(answer.await.expect("an answer").status, 201);
     }
     assert_eq!((owner.effects.count(), other.effects.count()), (CLAIMS, 0));
 }
 
-on_both_stores!(
+with_faults_on_both_stores!(
     an_owner_that_was_replaced_answers_from_its_successors_record,
     an_owner_whose_successor_has_no_answer_says_that_it_lost_its_lease,
     an_owner_that_is_late_and_not_replaced_completes,
@@ -176,11 +192,7 @@ on_both_stores!(
 );
 
 /// A handler that has had its effect, over whose claim the lease has ended.
-async fn overdue(
-    ground: &Ground,
-    key: &str,
-    body: &str,
-) -> (Shop, tests::faults::Gate, tokio::task::JoinHandle<Answer>) {
+async fn overdue(ground: &Ground, key: &str, body: &str) -> (Shop, Gate, JoinHandle<Answer>) {
     let (owner, _) = Shop::over(ground);
     let held = owner.hold_at(Place::AfterEffect);
     let running = owner.start_to_pay(key, body);
@@ -341,11 +353,10 @@ fn a_runtime_that_ended_or_stands_still_keeps_no_other_from_renewing() {
         // The second one's claim begins while the first runtime is still there.
         let second = new_runtime();
         let held = shop.hold_at(Place::BeforeEffect);
-        let running = second.block_on(async {
-            let running = shop.start_to_pay("second", "201");
-            held.reached().await;
-            running
-        });
+        let entered = second.enter();
+        let running = shop.start_to_pay("second", "201");
+        drop(entered);
+        second.block_on(held.reached());
         let _first = (!ends).then_some(first);
         second.block_on(async {
             let (other, _) = Shop::over(&ground);

@@ -15,12 +15,13 @@ use axum::{
 };
 use idem_runtime::{
     Anchor, Idempotency, IdempotentExt, OnUnknown, Operation, Outcome, Policy, Recording,
-    RefusalKind, State as RecordState, idempotent,
+    RefusalKind, State as RecordState, Token, idempotent,
+    store::{Claimed, Store},
 };
 use serde::Deserialize;
 use tests::{
     on_both_stores,
-    server::{Effects, Server, send},
+    server::{Effects, Gate, Server, send},
     stores::Bench,
 };
 
@@ -34,6 +35,8 @@ on_both_stores! {
     an_interim_answer_is_never_replayed,
     a_released_key_is_free_after_its_time_to_live,
     a_released_key_that_must_not_rerun_is_refused,
+    an_attempt_that_died_frees_its_key_when_its_lease_is_over,
+    an_attempt_whose_lease_is_over_can_still_end_unless_another_has_begun,
     what_the_last_extractor_turns_away_leaves_no_trace,
     what_an_extractor_before_it_turns_away_claims_nothing,
     a_server_error_of_an_extractor_leaves_no_trace,
@@ -224,6 +227,48 @@ async fn a_released_key_that_must_not_rerun_is_refused(bench: Bench) {
     }
     send(server.post("/", "k", "another body")).await.assert_refused(422, "mismatch");
     assert_eq!(attempts(&runs), [1]);
+}
+
+/// Claims a key as a process that then dies.
+async fn die(bench: &Bench, server: &Server, body: &str) -> idem_runtime::store::Claim {
+    assert_eq!(send(server.post("/", "k", "bad")).await.status, 400);
+    let bad = bench.store.last_claim();
+    send(server.post("/", "other", body)).await.assert_is(201, "", false);
+    let fingerprint = bench.store.last_claim().fingerprint;
+    let claim = idem_runtime::store::Claim { token: Token::random(), fingerprint, ..bad };
+    assert!(matches!(bench.store.claim(&claim).await.unwrap(), Claimed::Granted(_)));
+    claim
+}
+
+async fn an_attempt_that_died_frees_its_key_when_its_lease_is_over(bench: Bench) {
+    let runs = Runs::default();
+    let server = bench.serve(KEY, as_told(&runs)).await;
+    let dead = die(&bench, &server, "100").await;
+    bench.pass(Duration::from_millis(29_999));
+    send(server.post("/", "k", "100")).await.assert_refused(409, "in_flight");
+    assert_eq!(runs.lock().unwrap().len(), 2);
+    bench.pass(Duration::from_millis(1));
+    send(server.post("/", "k", "200")).await.assert_refused(422, "mismatch");
+    send(server.post("/", "k", "100")).await.assert_is(201, "", false);
+    send(server.post("/", "k", "100")).await.assert_is(201, "", true);
+    assert_eq!(attempts(&runs), [1, 1, 2]);
+    assert_eq!(ids(&runs)[2], dead.operation_id.to_string());
+}
+
+async fn an_attempt_whose_lease_is_over_can_still_end_unless_another_has_begun(bench: Bench) {
+    let gate = Gate::default();
+    let policy = Policy::new(KEY).on_unknown(OnUnknown::Refuse);
+    let server = bench.serve(policy, gate.handler(&bench.effects)).await;
+    let first = tokio::spawn(send(server.post("/", "k", "100")));
+    gate.begun().await;
+    send(server.post("/", "k", "100")).await.assert_refused(409, "in_flight");
+    bench.pass(Duration::from_secs(30));
+    send(server.post("/", "k", "100")).await.assert_refused(409, "unknown_outcome");
+    send(server.post("/", "k", "200")).await.assert_refused(422, "mismatch");
+    gate.end();
+    first.await.unwrap().assert_is(200, "effect 1", false);
+    send(server.post("/", "k", "100")).await.assert_is(200, "effect 1", true);
+    assert_eq!(bench.effects.count(), 1);
 }
 
 #[derive(Deserialize)]

@@ -29,8 +29,10 @@ on_both_stores! {
     what_speaks_to_one_caller_or_of_one_moment_is_given_once,
     an_engine_can_leave_out_more_headers_and_keep_others,
     a_replay_does_not_extend_the_time_to_live,
+    the_time_to_live_counts_from_the_answer,
     without_a_time_to_live_of_its_own_an_answer_is_kept_for_a_day,
     an_answer_kept_for_ever_has_no_end,
+    what_a_handler_says_wins_over_its_anchor_and_that_over_the_engine,
     another_body_under_the_key_is_refused_and_changes_nothing,
     another_query_under_the_key_is_refused,
     a_key_is_its_tenants_own,
@@ -185,6 +187,26 @@ async fn a_replay_does_not_extend_the_time_to_live(bench: Bench) {
     assert_eq!(bench.effects.count(), 2);
 }
 
+async fn the_time_to_live_counts_from_the_answer(bench: Bench) {
+    let gate = Gate::default();
+    // One that is shorter than the lease, and one that is longer.
+    for ttl in [Duration::from_secs(1), HOUR] {
+        let (bench, key) = (bench.anew(), format!("{ttl:?}"));
+        let server = bench.serve(KEY.ttl(ttl), gate.handler(&bench.effects)).await;
+        let first = tokio::spawn(send(server.post("/", &key, "")));
+        gate.begun().await;
+        bench.pass(ttl / 2);
+        gate.end();
+        first.await.unwrap().assert_is(200, "effect 1", false);
+        bench.pass(ttl - Duration::from_millis(1));
+        send(server.post("/", &key, "")).await.assert_is(200, "effect 1", true);
+        bench.pass(Duration::from_millis(1));
+        gate.end();
+        send(server.post("/", &key, "")).await.assert_is(200, "effect 2", false);
+        gate.begun().await;
+    }
+}
+
 async fn without_a_time_to_live_of_its_own_an_answer_is_kept_for_a_day(bench: Bench) {
     let server = bench.serve(KEY, bench.numbered()).await;
     send(server.post("/", "k", "")).await.assert_is(200, "effect 1", false);
@@ -200,6 +222,26 @@ async fn an_answer_kept_for_ever_has_no_end(bench: Bench) {
     bench.pass(Duration::MAX);
     send(server.post("/", "k", "")).await.assert_is(200, "effect 1", true);
     assert_eq!(bench.effects.count(), 1);
+}
+
+async fn what_a_handler_says_wins_over_its_anchor_and_that_over_the_engine(bench: Bench) {
+    const ANCHOR: Anchor = KEY.ttl(Duration::from_secs(2 * 3600));
+    let policies = [
+        (Policy::new(KEY), HOUR),
+        (Policy::new(ANCHOR), 2 * HOUR),
+        (Policy::new(ANCHOR).ttl(Duration::from_secs(3 * 3600)), 3 * HOUR),
+    ];
+    for (policy, ttl) in policies {
+        let server = bench.serve_with(bench.engine().ttl(HOUR), policy, bench.numbered()).await;
+        let key = format!("{ttl:?}");
+        let effects = bench.effects.count();
+        assert!(!send(server.post("/", &key, "")).await.is_replay());
+        bench.pass(ttl - Duration::from_millis(1));
+        assert!(send(server.post("/", &key, "")).await.is_replay(), "{ttl:?}");
+        bench.pass(Duration::from_millis(1));
+        assert!(!send(server.post("/", &key, "")).await.is_replay(), "{ttl:?}");
+        assert_eq!(bench.effects.count(), effects + 2);
+    }
 }
 
 async fn another_body_under_the_key_is_refused_and_changes_nothing(bench: Bench) {
@@ -372,6 +414,34 @@ async fn of_a_hundred_duplicates_at_once_one_runs_in_memory() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_a_hundred_duplicates_at_once_one_runs_in_sqlite() {
     one_of_a_hundred_runs(Bench::in_sqlite().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_hundred_requests_under_one_key_at_once_one_runs() {
+    for bench in [Bench::in_memory(), Bench::in_sqlite().await] {
+        let server = serve(&bench).await;
+        let all = Arc::new(Barrier::new(100));
+        let requests: Vec<_> = (0..100)
+            .map(|body| {
+                let request = server.post("/payments", "k", &body.to_string());
+                let all = Arc::clone(&all);
+                tokio::spawn(async move {
+                    all.wait().await;
+                    send(request).await
+                })
+            })
+            .collect();
+        let mut owners = 0;
+        for (body, request) in requests.into_iter().enumerate() {
+            let answer = request.await.unwrap();
+            match answer.status {
+                201 => answer.assert_is(201, &format!("1 {body}"), false),
+                _ => answer.assert_refused(422, "mismatch"),
+            }
+            owners += usize::from(answer.status == 201);
+        }
+        assert_eq!((owners, bench.effects.count()), (1, 1));
+    }
 }
 
 async fn one_of_a_hundred_runs(bench: Bench) {

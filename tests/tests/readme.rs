@@ -7,7 +7,7 @@
 )]
 
 use std::sync::{
-    Arc, Mutex,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
 
@@ -24,7 +24,7 @@ pub struct Provider {
 
 impl Provider {
     async fn charge(&self, key: &str, to: &str, amount: u64) -> Result<String, StatusCode> {
-        let mut charged = self.charged.lock().unwrap();
+        let mut charged = self.charged.lock().unwrap_or_else(PoisonError::into_inner);
         if !charged.iter().any(|known| known == key) {
             charged.push(key.to_owned());
         }

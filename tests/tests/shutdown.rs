@@ -7,10 +7,10 @@ use std::{future::poll_fn, thread, time::Duration};
 
 use idem_runtime::{Outcome, store::StoreErrorKind};
 use tests::{
-    faults::{Call, Fault, Gate, Ground, PATIENCE, eventually},
-    on_both_stores,
+    faults::{Call, Fault, Faults, Gate, Ground, PATIENCE, eventually},
     server::{Answer, Server, send},
     shop::{Place, Shop},
+    with_faults_on_both_stores,
 };
 use tokio::runtime::{Builder, Runtime};
 
@@ -33,7 +33,7 @@ async fn detached(shop: &Shop, key: &str) -> Gate {
     held
 }
 
-on_both_stores!(
+with_faults_on_both_stores!(
     a_graceful_shutdown_finishes_what_runs_and_drain_what_nobody_waits_for,
     drain_gives_up_after_the_time_that_it_was_given,
     beyond_the_limit_of_detached_handlers_new_requests_are_refused,
@@ -158,11 +158,7 @@ fn a_runtime_that_ends_ends_its_handlers_as_a_crash_does() {
 }
 
 /// Brings a request so far.
-async fn run_until(
-    doing: Doing,
-    shop: &Shop,
-    faults: &tests::faults::Faults,
-) -> Option<impl Send + use<>> {
+async fn run_until(doing: Doing, shop: &Shop, faults: &Faults) -> Option<impl Send + use<>> {
     match doing {
         Doing::Inline => {
             let held = shop.hold_at(Place::AfterEffect);

@@ -54,7 +54,11 @@ impl Parts<'_> {
     fn collect(&mut self, role: &Role, term: &Term, parts: &mut Vec<Part>) {
         match term {
             Term::Tuple(_, terms) if terms.is_empty() => {
-                self.errors.at(term, format!("`{}` needs at least one part", role.option));
+                let Role { option, example, .. } = role;
+                let message = format!(
+                    "`{option}` needs at least one part, as in `{option} = header({example:?})`"
+                );
+                self.errors.at(term, message);
             }
             Term::Tuple(_, terms) => {
                 for term in terms {
@@ -81,7 +85,7 @@ impl Parts<'_> {
 
     fn add(&mut self, at: impl ToTokens, part: Part, parts: &mut Vec<Part>) {
         if parts.iter().any(|other| other.identity() == part.identity()) {
-            self.errors.at(at, "the same part twice: it adds nothing to the key");
+            self.errors.at(at, "the same part twice: it adds nothing to the key, leave it out");
         } else {
             parts.push(part);
         }
@@ -96,7 +100,7 @@ impl Parts<'_> {
             Term::Call(call) => self.request_part(role, call),
             Term::Word(word) if word == "global" && words.contains(&"global") => error(
                 word,
-                "`global` is the scope of everybody, so it cannot be one part of another",
+                "`global` is the scope of everybody, so nothing narrows it: leave it out, or the rest",
             ),
             Term::Word(word) if words.iter().any(|known| word == known) => error(
                 word,

@@ -39,6 +39,8 @@ pub(crate) enum Returns {
     Opaque(Type),
 }
 
+const NO_LIFETIMES: &str = "handlers cannot have lifetime parameters: they may finish after the request is gone, so what they take is owned or `'static`";
+
 /// axum implements `Handler` for functions of up to so many arguments.
 const MOST_ARGUMENTS: usize = 16;
 
@@ -67,19 +69,22 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
 
     for attribute in &attributes {
         if handler::kind(attribute.path()) == Kind::Idempotent {
-            errors.at(attribute, "`#[idempotent]` given twice");
+            errors.at(
+                attribute,
+                "`#[idempotent]` given twice: a handler has one policy, leave out one of them",
+            );
         }
     }
     qualifiers(&signature, errors);
     for parameter in &signature.generics.params {
         if let GenericParam::Lifetime(lifetime) = parameter {
-            errors.at(lifetime, "handlers cannot have lifetime parameters");
+            errors.at(lifetime, NO_LIFETIMES);
         }
     }
 
     let inputs = std::mem::take(&mut signature.inputs);
     if let Some(seventeenth) = inputs.iter().nth(MOST_ARGUMENTS) {
-        errors.at(seventeenth, format!("axum handlers take at most {MOST_ARGUMENTS} extractors"));
+        errors.at(seventeenth, format!("axum handlers take at most {MOST_ARGUMENTS} extractors: gather some of them in a struct with `#[derive(FromRequestParts)]`"));
     }
     let count = inputs.len();
     let mut earlier = Vec::with_capacity(count);
@@ -97,7 +102,10 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
     let last = earlier.pop();
 
     let returns = match std::mem::replace(&mut signature.output, ReturnType::Default) {
-        ReturnType::Default => Returns::Named(syn::parse_quote!(())),
+        // Where it would stand.
+        ReturnType::Default => {
+            Returns::Named(syn::parse_quote_spanned!(signature.paren_token.span.close()=> ()))
+        }
         ReturnType::Type(_, ty) if says_impl(&ty) => Returns::Opaque(*ty),
         ReturnType::Type(_, ty) => Returns::Named(*ty),
     };
@@ -129,7 +137,10 @@ fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor
 
     if let Some(name) = handler::hint(&ty) {
         if name == "WebSocketUpgrade" {
-            errors.at(&ty, "a WebSocket upgrade cannot be recorded and replayed");
+            errors.at(
+                &ty,
+                "a WebSocket upgrade cannot be recorded and replayed: leave out `#[idempotent]`",
+            );
         } else if !is_last && one_of(&TAKES_THE_BODY, name) {
             errors.at(
                 &ty,
@@ -154,12 +165,12 @@ impl Visit<'_> for TypeOfArgument<'_> {
         if ty.lifetime.as_ref().is_some_and(|lifetime| lifetime.ident == "static") {
             return visit::visit_type_reference(self, ty);
         }
-        self.errors.at(ty, "handlers take owned extractors, not references");
+        self.errors.at(ty, "handlers take owned extractors, not references: leave out the `&`, and take `String` for `&str`");
     }
 
     fn visit_lifetime(&mut self, lifetime: &Lifetime) {
         if lifetime.ident == "_" {
-            self.errors.at(lifetime, "handlers cannot have lifetime parameters");
+            self.errors.at(lifetime, NO_LIFETIMES);
         }
     }
 

@@ -129,7 +129,7 @@ pub(crate) fn header_name(text: &LitStr) -> Result<()> {
 pub(crate) fn field_path(text: &LitStr) -> Result<()> {
     let path = text.value();
     if path.is_empty() {
-        return error(text, "an empty path names no field");
+        return error(text, "an empty path names no field: write one, as in `message.nonce`");
     }
     if let Some(pointer) = path.strip_prefix('/') {
         let mut escapes = pointer.split('~').skip(1);

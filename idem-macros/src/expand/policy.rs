@@ -14,10 +14,7 @@ pub(crate) fn tokens(policy: &Policy, p: &TokenStream) -> TokenStream {
     let scope = policy.scope.as_ref().map(|scope| self::scope(scope, p));
     let ttl = policy.ttl.as_ref().map(|ttl| match ttl {
         Ttl::Forever => quote_spanned!(here=> .forever()),
-        Ttl::For(time) => {
-            let time = duration(time);
-            quote_spanned!(here=> .ttl(#time))
-        }
+        Ttl::For(time) => duration("ttl", time),
     });
     let space = policy.space.as_ref().map(|space| match space {
         Text::Literal(name) => quote_spanned!(here=> .space(#name)),
@@ -27,10 +24,7 @@ pub(crate) fn tokens(policy: &Policy, p: &TokenStream) -> TokenStream {
     let optional = policy.optional.then(|| quote_spanned!(here=> .optional()));
     let fingerprint =
         policy.fingerprint.as_ref().map(|fingerprint| self::fingerprint(fingerprint, p));
-    let lease = policy.lease.as_ref().map(|lease| {
-        let lease = duration(lease);
-        quote_spanned!(here=> .lease(#lease))
-    });
+    let lease = policy.lease.as_ref().map(|lease| duration("lease", lease));
     let refusals = policy.refusals.as_ref().map(|path| quote_spanned!(here=> .refusals(&#path)));
     let choices = [
         ("record", "Recording", policy.record),
@@ -127,14 +121,19 @@ fn choice(
     Some(quote_spanned!(Span::mixed_site()=> .#method(#p::#of::#variant)))
 }
 
-fn duration(time: &Time) -> TokenStream {
+/// Located at the constant, where rustc says that its value will not do.
+fn duration(method: &str, time: &Time) -> TokenStream {
     let here = Span::mixed_site();
     match time {
         Time::Millis(millis) => {
-            let millis = number(*millis);
-            quote_spanned!(here=> ::core::time::Duration::from_millis(#millis))
+            let (method, millis) = (name(method), number(*millis));
+            quote_spanned!(here=> .#method(::core::time::Duration::from_millis(#millis)))
         }
-        Time::Constant(path) => constant(path),
+        Time::Constant(path) => {
+            let place = super::at(path);
+            let method = Ident::new(method, place);
+            quote_spanned!(place=> .#method(#path))
+        }
     }
 }
 

@@ -90,8 +90,11 @@ impl<S> ProvidesEngine for S where Idempotency: FromRef<S> {}
 ///
 /// In a unit test, `.into()` makes one of the extractor itself; the handler's body then runs
 /// without an engine, and [`Guarded::into_inner`] gives what it returned.
+///
+/// `Source` has no default on purpose: rustc leaves defaults out, and where a router's state has no
+/// engine, the name `EngineInRouterState` is the only hint that its message can give.
 #[must_use]
-pub struct Idem<E, Source = EngineInRouterState> {
+pub struct Idem<E, Source> {
     state: Waiting<E>,
     source: PhantomData<fn() -> Source>,
 }
@@ -352,10 +355,19 @@ fn any(response: impl IntoResponse) -> AnyResponse {
 )]
 pub trait IdempotentArguments {}
 
+/// The last of them. A trait of its own, since an `Idem` in the tuple would have rustc complain of
+/// the handler's signature instead.
+pub trait IdempotentArgument {}
+
+impl<E, Source> IdempotentArgument for Idem<E, Source> {}
+
 macro_rules! last_is_idem {
     ($($argument:ident)*) => {
         #[diagnostic::do_not_recommend]
-        impl<M, $($argument,)* E, Source> IdempotentArguments for (M, $($argument,)* Idem<E, Source>) {}
+        impl<M, $($argument,)* Last: IdempotentArgument> IdempotentArguments
+            for (M, $($argument,)* Last)
+        {
+        }
     };
 }
 

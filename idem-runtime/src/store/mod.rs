@@ -218,6 +218,48 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>>;
 }
 
+/// A store behind a pointer, so that a program can choose one when it starts, as `Arc<dyn Store>`.
+impl<S: Store + ?Sized> Store for Arc<S> {
+    fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
+        S::claim(self, claim)
+    }
+
+    fn complete<'a>(
+        &'a self,
+        completion: &'a Completion,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        S::complete(self, completion)
+    }
+
+    fn release<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        S::release(self, key, token)
+    }
+
+    fn forget<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        S::forget(self, key, token)
+    }
+
+    fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        S::renew(self, claims)
+    }
+
+    fn read<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Record>, StoreError>> {
+        S::read(self, key)
+    }
+
+    fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        S::sweep(self, limit)
+    }
+}
+
 /// A request for a claim.
 #[derive(Clone, Debug)]
 pub struct Claim {

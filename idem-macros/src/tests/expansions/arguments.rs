@@ -29,7 +29,7 @@ async fn f(
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::probe::Fallback as _;
-        ::idem_runtime::__private::probe::Of::<u64>::check();
+        ::idem_runtime::__private::probe::Of::<u64>::idem_answer_is_complete();
     }
     let (__call, __last) = match ::idem_runtime::__private::parse(__idem, __policy).await
     {

@@ -3,8 +3,8 @@ where
     U: Copy,
 {
     fn write(&self, __values: &mut foo::bar::Values) {
-        foo::bar::AnchorValue::write(&self.0, __values);
-        foo::bar::AnchorValue::write(&self.1, __values);
-        foo::bar::AnchorValue::write(&self.2, __values);
+        <u64 as foo::bar::AnchorValue>::write(&self.0, __values);
+        <PhantomData<T> as foo::bar::AnchorValue>::write(&self.1, __values);
+        <U as foo::bar::AnchorValue>::write(&self.2, __values);
     }
 }

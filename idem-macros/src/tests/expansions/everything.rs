@@ -49,7 +49,9 @@ pub async fn transfer(
     {
         #[allow(unused_imports)]
         use foo::bar::__private::probe::Fallback as _;
-        foo::bar::__private::probe::Of::<Result<Json<Receipt>, Problem>>::check();
+        foo::bar::__private::probe::Of::<
+            Result<Json<Receipt>, Problem>,
+        >::idem_answer_is_complete();
     }
     foo::bar::__private::run(
             __idem,

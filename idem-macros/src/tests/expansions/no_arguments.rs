@@ -14,7 +14,7 @@ async fn ping(
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::probe::Fallback as _;
-        ::idem_runtime::__private::probe::Of::<()>::check();
+        ::idem_runtime::__private::probe::Of::<()>::idem_answer_is_complete();
     }
     ::idem_runtime::__private::run(
             __idem,

@@ -17,7 +17,9 @@ pub async fn transfer(
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::probe::Fallback as _;
-        ::idem_runtime::__private::probe::Of::<Result<Json<Receipt>, Problem>>::check();
+        ::idem_runtime::__private::probe::Of::<
+            Result<Json<Receipt>, Problem>,
+        >::idem_answer_is_complete();
     }
     ::idem_runtime::__private::run(
             __idem,
