@@ -4,12 +4,14 @@
 //! and given once. What their values mean is for [`check`](crate::check) to
 //! say. After a mistake, reading resumes at the next comma.
 
-use proc_macro2::{Ident, TokenStream, TokenTree};
+use proc_macro2::{Group, Ident, TokenStream, TokenTree};
 use quote::ToTokens;
 use syn::ext::IdentExt;
 use syn::parse::{Parse, ParseStream, Parser};
 use syn::punctuated::Punctuated;
-use syn::{Error, Expr, ExprPath, Lit, LitInt, Path, RangeLimits, Result, Token, Type, token};
+use syn::{
+    Error, Expr, ExprClosure, ExprPath, Lit, LitInt, Path, RangeLimits, Result, Token, Type, token,
+};
 
 use crate::errors::Errors;
 
@@ -26,15 +28,18 @@ pub(crate) struct Args {
     pub(crate) record: Option<Said<Term>>,
     pub(crate) in_flight: Option<Said<Term>>,
     pub(crate) on_unknown: Option<Said<Term>>,
+    pub(crate) admit: Option<Said<Term>>,
     pub(crate) lease: Option<Said<Term>>,
+    pub(crate) replay: Option<Said<Replay>>,
+    pub(crate) issued: Option<Said<()>>,
     pub(crate) refusals: Option<Said<Term>>,
     pub(crate) mode: Option<Said<Term>>,
     pub(crate) store_outage: Option<Said<Term>>,
     pub(crate) engine: Option<Said<Term>>,
     pub(crate) state: Option<Said<Type>>,
     pub(crate) krate: Option<Said<Path>>,
-    /// `anchor` was mentioned, though perhaps not readably: it is not missing.
-    pub(crate) anchor_mentioned: bool,
+    /// The options that were said, though perhaps not readably: they are not missing.
+    mentioned: Vec<Ident>,
     /// The options follow an `@`, which only expansion writes.
     pub(crate) others_have_run: bool,
 }
@@ -61,6 +66,20 @@ pub(crate) enum Term {
     Arguments(Ident, Vec<Expr>),
     /// `(header("a"), query("b"))`
     Tuple(token::Paren, Vec<Term>),
+    /// `recover = bank::ask`, where a value is a pair itself
+    Named(Ident, Box<Term>),
+    /// `{ replayed: true }`, not read yet
+    Braces(Group),
+    /// `|request| …`, which no option takes
+    Closure(TokenStream),
+}
+
+/// What can stand behind `replay`.
+pub(crate) enum Replay {
+    /// `replay(status = 200)`
+    Members(Vec<Term>),
+    /// `replay = shorter`
+    Function(Term),
 }
 
 pub(crate) struct Range {
@@ -76,7 +95,7 @@ pub(crate) struct Call {
 }
 
 /// Every option with an example, in the order of the documentation.
-const OPTIONS: [(&str, &str); 17] = [
+pub(crate) const OPTIONS: [(&str, &str); 20] = [
     ("anchor", r#"anchor = header("Idempotency-Key")"#),
     ("ttl", r#"ttl = "24h""#),
     ("scope", r#"scope = header("X-Tenant")"#),
@@ -87,21 +106,16 @@ const OPTIONS: [(&str, &str); 17] = [
     ("record", "record = success"),
     ("in_flight", "in_flight = reject"),
     ("on_unknown", "on_unknown = rerun"),
+    ("admit", "admit = within_quota"),
     ("lease", r#"lease = "30s""#),
+    ("replay", "replay(status = 200)"),
+    ("issued", "issued"),
     ("refusals", "refusals = PROBLEMS"),
     ("mode", "mode = observe"),
     ("store_outage", "store_outage = closed"),
     ("engine", "engine = extension"),
     ("state", "state = AppState"),
     ("crate", "crate = my_framework::idem"),
-];
-
-/// Options that are not built yet, and what is to be written instead.
-const NOT_YET: [(&str, &str); 4] = [
-    ("admit", "leave it out, and turn requests away in a layer or an extractor"),
-    ("replay", "leave it out, and a retry gets the recorded answer"),
-    ("issued", "leave it out, and clients choose their keys"),
-    ("transaction", "leave it out, and the answer is recorded when the handler has returned"),
 ];
 
 pub(crate) fn parse(tokens: TokenStream, errors: &mut Errors) -> Args {
@@ -129,43 +143,36 @@ impl Args {
             return Err(input.error("expected the name of an option"));
         }
         let key = input.call(Ident::parse_any)?;
-        let name = key.to_string();
-        if let Some((_, instead)) = NOT_YET.iter().find(|(word, _)| name == *word) {
-            return Err(not_yet(&key, instead));
-        }
-        let slot = match &*name {
-            "anchor" => {
-                self.anchor_mentioned = true;
-                &mut self.anchor
-            }
+        self.mentioned.push(key.clone());
+        let slot = match &*key.to_string() {
+            "anchor" => &mut self.anchor,
             "ttl" => &mut self.ttl,
             "scope" => &mut self.scope,
             "space" => &mut self.space,
             "format" => &mut self.format,
+            "optional" => return flag(&mut self.optional, key, input),
             "fingerprint" => &mut self.fingerprint,
             "record" => &mut self.record,
             "in_flight" => &mut self.in_flight,
             "on_unknown" => &mut self.on_unknown,
+            "admit" => &mut self.admit,
             "lease" => &mut self.lease,
+            "replay" => return replay(&mut self.replay, key, input),
+            "issued" => return flag(&mut self.issued, key, input),
             "refusals" => &mut self.refusals,
             "mode" => &mut self.mode,
             "store_outage" => &mut self.store_outage,
             "engine" => &mut self.engine,
             "state" => return fill(&mut self.state, key, input, Type::parse),
             "crate" => return fill(&mut self.krate, key, input, Path::parse_mod_style),
-            "optional" => return flag(&mut self.optional, key, input),
+            "transaction" => return Err(not_yet(&key)),
             _ => return Err(unknown(&key)),
         };
-        let recover = |input: ParseStream<'_>| {
-            let term = Term::parse(input)?;
-            // `on_unknown = recover = path` is understood as far as `recover`,
-            // which is refused; the rest would only add noise.
-            if matches!(&term, Term::Word(word) if word == "recover") {
-                skip_to_comma(input)?;
-            }
-            Ok(term)
-        };
-        fill(slot, key, input, recover)
+        fill(slot, key, input, Term::parse)
+    }
+
+    pub(crate) fn mentions(&self, option: &str) -> bool {
+        self.mentioned.iter().any(|word| word == option)
     }
 }
 
@@ -192,11 +199,25 @@ fn fill<T>(
     Ok(())
 }
 
+fn replay(slot: &mut Option<Said<Replay>>, key: Ident, input: ParseStream<'_>) -> Result<()> {
+    if !input.peek(token::Paren) {
+        return fill(slot, key, input, |input| input.parse().map(Replay::Function));
+    }
+    if slot.is_some() {
+        return Err(twice(&key));
+    }
+    let content;
+    syn::parenthesized!(content in input);
+    let value = Replay::Members(all(&content)?);
+    *slot = Some(Said { key, value });
+    Ok(())
+}
+
 fn flag(slot: &mut Option<Said<()>>, key: Ident, input: ParseStream<'_>) -> Result<()> {
     if slot.is_some() {
         return Err(twice(&key));
     }
-    if input.peek(Token![=]) {
+    if input.peek(Token![=]) || input.peek(token::Paren) {
         let message = format!("`{key}` takes no value: write just `{key}`, or leave it out");
         return Err(Error::new_spanned(&key, message));
     }
@@ -227,13 +248,16 @@ fn skip_to_comma(input: ParseStream<'_>) -> Result<()> {
     Ok(())
 }
 
-fn twice(key: &Ident) -> Error {
+pub(crate) fn twice(key: &Ident) -> Error {
     Error::new_spanned(key, format!("option `{key}` given twice: leave out one of them"))
 }
 
-/// The refusal of what the grammar has and the engine has not.
-pub(crate) fn not_yet(word: &Ident, instead: &str) -> Error {
-    Error::new_spanned(word, format!("`{word}` is not yet supported: {instead}"))
+/// The refusal of what the design has and the engine has not.
+fn not_yet(word: &Ident) -> Error {
+    let message = format!(
+        "`{word}` is not yet supported: leave it out, and the answer is recorded when the handler has returned"
+    );
+    Error::new_spanned(word, message)
 }
 
 fn no_value(key: &Ident) -> Error {
@@ -286,14 +310,23 @@ impl Parse for Term {
             let paren = syn::parenthesized!(content in input);
             return Ok(Self::Tuple(paren, all(&content)?));
         }
+        if input.peek(token::Brace) {
+            return input.parse().map(Self::Braces);
+        }
+        if closure_follows(input) {
+            return Ok(Self::Closure(input.parse::<ExprClosure>()?.into_token_stream()));
+        }
         if input.peek(Token![<]) || input.peek(Token![::]) || input.peek2(Token![::]) {
             return input.parse().map(Self::Path);
         }
         if !input.peek(Ident::peek_any) {
-            return Err(input.error("expected a literal, a word, or a path to a constant"));
+            return Err(input.error("expected a literal, a word, or a path"));
         }
         // `final` and `crate` are keywords elsewhere and ordinary words here.
         let word = input.call(Ident::parse_any)?;
+        if input.peek(Token![=]) {
+            return named(word, input);
+        }
         if !input.peek(token::Paren) {
             return Ok(Self::Word(word));
         }
@@ -305,6 +338,20 @@ impl Parse for Term {
         let inside = all(&content)?;
         Ok(Self::Call(Call { word, paren, inside }))
     }
+}
+
+fn closure_follows(input: ParseStream<'_>) -> bool {
+    let bar = input.peek(Token![|]) || input.peek(Token![||]);
+    bar || input.peek(Token![move]) || input.peek(Token![async])
+}
+
+fn named(word: Ident, input: ParseStream<'_>) -> Result<Term> {
+    input.parse::<Token![=]>()?;
+    if input.is_empty() || input.peek(Token![,]) {
+        return Err(Error::new_spanned(&word, format!("`{word} =` needs a value")));
+    }
+    let value = input.parse()?;
+    Ok(Term::Named(word, Box::new(value)))
 }
 
 fn literal(input: ParseStream<'_>) -> Result<Term> {
@@ -350,6 +397,12 @@ impl ToTokens for Term {
             Self::Tuple(paren, terms) => paren.surround(tokens, |tokens| {
                 tokens.extend(terms.iter().map(ToTokens::to_token_stream));
             }),
+            Self::Named(word, value) => {
+                word.to_tokens(tokens);
+                value.to_tokens(tokens);
+            }
+            Self::Braces(braces) => braces.to_tokens(tokens),
+            Self::Closure(closure) => closure.to_tokens(tokens),
         }
     }
 }

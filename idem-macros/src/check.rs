@@ -4,21 +4,24 @@
 //! expansion has nothing left to refuse. Rules that do not depend on each
 //! other are all tried: one compilation reports every mistake.
 
+mod json;
 mod parts;
+mod replay;
 mod signature;
 mod value;
 
 use proc_macro2::{Ident, Span};
 use syn::{Error, Expr, ExprPath, Lit, LitStr, Path, Result, Type};
 
-use crate::args::{self, Args, Call, Said, Term};
+use crate::args::{Args, Said, Term};
 use crate::errors::Errors;
 use crate::handler::Handler;
 
 use parts::Parts;
 
+pub(crate) use replay::Replay;
 pub(crate) use signature::{Checked as CheckedHandler, Extractor, Returns};
-pub(crate) use value::{Format, Text, Time};
+pub(crate) use value::{Format, InFlight, OnUnknown, Text, Time};
 
 /// A handler and what to do about it, without contradictions.
 pub(crate) struct Checked {
@@ -35,17 +38,21 @@ pub(crate) struct Checked {
 pub(crate) struct Policy {
     /// Never empty.
     pub(crate) anchor: Vec<Part>,
-    pub(crate) scope: Option<Scope>,
     pub(crate) ttl: Option<Ttl>,
-    pub(crate) lease: Option<Time>,
+    pub(crate) scope: Option<Scope>,
     pub(crate) space: Option<Text>,
     pub(crate) format: Option<Format>,
     pub(crate) optional: bool,
     pub(crate) fingerprint: Option<Fingerprint>,
-    pub(crate) refusals: Option<ExprPath>,
     pub(crate) record: Option<Variant>,
-    pub(crate) in_flight: Option<Variant>,
-    pub(crate) on_unknown: Option<Variant>,
+    pub(crate) in_flight: Option<InFlight>,
+    pub(crate) on_unknown: Option<OnUnknown>,
+    /// A function, as are those of `on_unknown` and `replay`.
+    pub(crate) admit: Option<ExprPath>,
+    pub(crate) lease: Option<Time>,
+    pub(crate) replay: Option<Replay>,
+    pub(crate) issued: bool,
+    pub(crate) refusals: Option<ExprPath>,
     pub(crate) mode: Option<Variant>,
     pub(crate) store_outage: Option<Variant>,
 }
@@ -139,19 +146,17 @@ fn engine(said: Option<Said<Term>>, state: Option<&Said<Type>>, errors: &mut Err
 
 /// Also lists the words by which fields of the body are named.
 fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Policy> {
-    if !args.anchor_mentioned {
+    if !args.mentions("anchor") {
         errors.push(Error::new(
             Span::call_site(),
             "missing `anchor = ...`: say what identifies the operation, as in `anchor = header(\"Idempotency-Key\")`",
         ));
     }
     let mut parts = Parts { fields, errors };
-    let anchor = args.anchor.map(|said| parts.anchor(&said.value));
-    let scope = args.scope.map(|said| parts.scope(&said.value));
-    let fingerprint = args.fingerprint.and_then(|said| parts.fingerprint(&said.value));
-    if let Some(anchor) = &anchor {
-        contradictions(anchor, args.format.as_ref(), args.optional.as_ref(), errors);
-    }
+    let anchor = args.anchor.as_ref().map(|said| parts.anchor(&said.value)).unwrap_or_default();
+    let scope = args.scope.as_ref().map(|said| parts.scope(&said.value));
+    let fingerprint = args.fingerprint.as_ref().and_then(|said| parts.fingerprint(&said.value));
+    contradictions(&anchor, &args, errors);
 
     let lease = read(args.lease, errors, |key, term| {
         value::time(key, term, "30s", "a lease that ends at once lets every retry run")
@@ -163,18 +168,12 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
     let record = read(args.record, errors, |key, term| {
         value::word(key, term, &[("success", "Success"), ("final", "Final"), ("all", "All")])
     });
-    let in_flight = read(args.in_flight, errors, |key, term| {
-        supported(term, &["wait"], "write `reject`, and a duplicate is told when to try again")?;
-        value::word(key, term, &[("reject", "Reject")])
+    let in_flight = read(args.in_flight, errors, value::in_flight);
+    let on_unknown = read(args.on_unknown, errors, value::on_unknown);
+    let admit = read(args.admit, errors, |key, term| {
+        value::function(key, term, "async fn(RequestContext) -> Result<(), impl IntoResponse>")
     });
-    let on_unknown = read(args.on_unknown, errors, |key, term| {
-        supported(
-            term,
-            &["refuse", "recover"],
-            "write `rerun`, and derive downstream keys from `Operation`",
-        )?;
-        value::word(key, term, &[("rerun", "Rerun")])
-    });
+    let replay = args.replay.and_then(|said| replay::replay(&said, errors));
     let mode = read(args.mode, errors, |key, term| {
         value::word(key, term, &[("enforce", "Enforce"), ("observe", "Observe"), ("off", "Off")])
     });
@@ -182,19 +181,25 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
         value::word(key, term, &[("closed", "Closed"), ("open", "Open")])
     });
 
+    if anchor.is_empty() {
+        return None;
+    }
     Some(Policy {
-        anchor: anchor.filter(|parts| !parts.is_empty())?,
-        scope,
+        anchor,
         ttl,
-        lease,
+        scope,
         space,
         format,
         optional: args.optional.is_some(),
         fingerprint,
-        refusals,
         record,
         in_flight,
         on_unknown,
+        admit,
+        lease,
+        replay,
+        issued: args.issued.is_some(),
+        refusals,
         mode,
         store_outage,
     })
@@ -221,24 +226,9 @@ fn ttl(key: &Ident, term: &Term) -> Result<Ttl> {
     }
 }
 
-fn supported(term: &Term, not_yet: &[&str], instead: &str) -> Result<()> {
-    match term {
-        Term::Word(word) | Term::Call(Call { word, .. })
-            if not_yet.iter().any(|other| word == other) =>
-        {
-            Err(args::not_yet(word, instead))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn contradictions(
-    anchor: &[Part],
-    format: Option<&Said<Term>>,
-    optional: Option<&Said<()>>,
-    errors: &mut Errors,
-) {
-    if let Some(format) = format.filter(|_| anchor.len() > 1) {
+/// What options say of each other. The anchor is empty if it could not be read.
+fn contradictions(anchor: &[Part], args: &Args, errors: &mut Errors) {
+    if let Some(format) = args.format.as_ref().filter(|_| anchor.len() > 1) {
         errors.at(
             &format.key,
             "`format` describes one value, and this anchor has several: declare the parts that have a format as constants, as in `const NONCE: Anchor = Anchor::body_field(\"nonce\").format(Format::Uuid)`, and name them in the tuple",
@@ -246,11 +236,40 @@ fn contradictions(
     }
     let always_there = |part: &Part| matches!(part, Part::Argument(_));
     if let Some(optional) =
-        optional.filter(|_| !anchor.is_empty() && anchor.iter().all(always_there))
+        args.optional.as_ref().filter(|_| !anchor.is_empty() && anchor.iter().all(always_there))
     {
         errors.at(
             &optional.key,
             "`optional` is for keys that a request may lack, and the arguments of `arg(..)` are always there: leave it out",
+        );
+    }
+    if let Some(issued) = &args.issued {
+        issued_keys(&issued.key, anchor, args, errors);
+    }
+}
+
+/// A key that the server handed out has its validity, and its space, from
+/// there.
+fn issued_keys(issued: &Ident, anchor: &[Part], args: &Args, errors: &mut Errors) {
+    if let Some(optional) = &args.optional {
+        errors.at(
+            &optional.key,
+            "a handler that takes only issued keys cannot run without one: leave out `optional`, or `issued`",
+        );
+    }
+    if let Some(ttl) = &args.ttl {
+        errors.at(
+            &ttl.key,
+            "an issued key is valid from when it was issued: say `ttl` there, on the constant that is the anchor of both handlers, as in `const NONCE: Anchor = Anchor::header(\"X-Nonce\").ttl(TEN_MINUTES)`",
+        );
+    }
+    // A constant may name the space itself, but not one of several, of which only the format is
+    // heard; and an anchor that could not be read may have been one.
+    let may_have_one = matches!(anchor, [] | [Part::Constant(_)]);
+    if !may_have_one && !args.mentions("space") {
+        errors.at(
+            issued,
+            "keys are issued by another handler: both name one space, as in `space = \"enrolment\"`",
         );
     }
 }

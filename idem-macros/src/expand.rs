@@ -153,7 +153,7 @@ impl<'a> Function<'a> {
     fn policy(&self) -> TokenStream {
         let here = Span::mixed_site();
         let p = self.private;
-        let value = policy::tokens(&self.checked.policy, p);
+        let value = policy::tokens(self.checked, p);
         // An item's constant is evaluated by `cargo check`, an inline one only
         // by a build; but only the latter may depend on the type parameters.
         let parameters = &self.handler.signature.generics.params;

@@ -180,7 +180,15 @@ macro_rules! shared_options {
             }
 
             /// What becomes of a duplicate of a running request. Default: it is refused at once.
+            ///
+            /// # Panics
+            ///
+            /// When it is to wait for no time: say [`InFlight::Reject`]. In a constant, that does
+            /// not compile.
             pub $($constness)? fn in_flight(mut self, in_flight: InFlight) -> Self {
+                if let InFlight::Wait(bound) = in_flight {
+                    assert!(!bound.is_zero(), "in_flight: to wait for no time is to reject");
+                }
                 self.options.in_flight = Some(in_flight);
                 self
             }

@@ -12,8 +12,8 @@ use futures_util::future::BoxFuture;
 use idem_runtime::{
     Key, Record, Token,
     store::{
-        Claim, Claimed, Clock, Completion, ManualClock, MemoryStore, Renewal, SqliteStore, Store,
-        StoreError, StoreErrorKind, Written,
+        Checkpoint, Claim, Claimed, Clock, Completion, Issue, ManualClock, MemoryStore, Renewal,
+        SqliteStore, Store, StoreError, StoreErrorKind, Written,
     },
 };
 use tokio::{
@@ -80,6 +80,10 @@ pub enum Call {
     Claim,
     /// [`Store::complete`].
     Complete,
+    /// [`Store::issue`].
+    Issue,
+    /// [`Store::checkpoint`].
+    Checkpoint,
     /// [`Store::release`].
     Release,
     /// [`Store::forget`].
@@ -236,6 +240,17 @@ impl Store for Faulty {
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(self.faults.meet(Call::Complete, self.inner.complete(completion)))
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(self.faults.meet(Call::Issue, self.inner.issue(issue)))
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(self.faults.meet(Call::Checkpoint, self.inner.checkpoint(checkpoint)))
     }
 
     fn release<'a>(

@@ -10,8 +10,8 @@ use axum::{Router, handler::Handler, routing::post};
 use idem_runtime::{
     Builder, Idempotency, IdempotentExt, Policy, Record, Scoped,
     store::{
-        Claim, Claimed, Clock, Completion, ManualClock, MemoryStore, Renewal, SqliteStore, Store,
-        StoreError, Written,
+        Checkpoint, Claim, Claimed, Clock, Completion, Issue, ManualClock, MemoryStore, Renewal,
+        SqliteStore, Store, StoreError, Written,
     },
 };
 use tempfile::TempDir;
@@ -78,6 +78,14 @@ impl Store for TestStore {
 
     fn complete<'a>(&'a self, completion: &'a Completion) -> Answer<'a, Written> {
         self.store.complete(completion)
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> Answer<'a, Written> {
+        self.store.issue(issue)
+    }
+
+    fn checkpoint<'a>(&'a self, checkpoint: &'a Checkpoint) -> Answer<'a, Written> {
+        self.store.checkpoint(checkpoint)
     }
 
     fn release<'a>(

@@ -16,6 +16,19 @@ pub(crate) enum Text {
     Constant(ExprPath),
 }
 
+/// What becomes of a duplicate while the original runs.
+pub(crate) enum InFlight {
+    Reject,
+    Wait(Time),
+}
+
+/// What becomes of an operation whose outcome nobody knows.
+pub(crate) enum OnUnknown {
+    Rerun,
+    Refuse,
+    Recover(ExprPath),
+}
+
 pub(crate) enum Format {
     Uuid,
     Hex(u16),
@@ -42,10 +55,26 @@ pub(crate) fn constant(term: &Term) -> Option<ExprPath> {
 
 /// Any path, in whatever case: for options that take nothing else.
 pub(crate) fn any_path(key: &Ident, term: &Term) -> Result<ExprPath> {
+    path(term).map_or_else(|| error(term, format!("`{key}` takes the path of a value")), Ok)
+}
+
+/// The path of a function. Whether it is one is for rustc to say, at the path.
+pub(crate) fn function(key: &Ident, term: &Term, signature: &str) -> Result<ExprPath> {
+    let otherwise = || match term {
+        Term::Closure(_) => error(
+            term,
+            format!("`{key}` takes no closure: declare it as `{signature}`, and write its path"),
+        ),
+        _ => error(term, format!("`{key}` takes the path of a function: `{signature}`")),
+    };
+    path(term).map_or_else(otherwise, Ok)
+}
+
+fn path(term: &Term) -> Option<ExprPath> {
     match term {
-        Term::Path(path) => Ok(path.clone()),
-        Term::Word(word) => Ok(path_of(word)),
-        _ => error(term, format!("`{key}` takes the path of a value")),
+        Term::Path(path) => Some(path.clone()),
+        Term::Word(word) => Some(path_of(word)),
+        _ => None,
     }
 }
 
@@ -56,20 +85,76 @@ fn path_of(word: &Ident) -> ExprPath {
 /// One of the option's words.
 pub(crate) fn word<T: Copy>(key: &Ident, term: &Term, words: &[(&str, T)]) -> Result<T> {
     let names: Vec<&str> = words.iter().map(|(name, _)| *name).collect();
-    let found = |wanted: &str| words.iter().find(|(name, _)| *name == wanted);
-    let expected = listed(&names, "or");
+    let found = match term {
+        Term::Word(word) => words.iter().find(|(name, _)| word == name),
+        _ => None,
+    };
+    match found {
+        Some((_, value)) => Ok(*value),
+        None => Err(not_one_of(key, term, &names, &listed(&names, "or"))),
+    }
+}
+
+fn not_one_of(key: &Ident, term: &Term, names: &[&str], expected: &str) -> Error {
     match term {
-        Term::Word(word) => match found(&word.to_string()) {
-            Some((_, value)) => Ok(*value),
-            None => {
-                let hint = did_you_mean(&word.to_string(), &names);
-                error(word, format!("`{key} = {word}` is not known: expected {expected}{hint}"))
-            }
-        },
-        Term::Literal(Lit::Str(text)) if found(&text.value()).is_some() => {
-            error(text, format!("write `{}` without quotes", text.value()))
+        Term::Word(word) | Term::Call(Call { word, .. }) | Term::Named(word, _)
+            if !names.iter().any(|name| word == name) =>
+        {
+            let hint = did_you_mean(&word.to_string(), names);
+            let message = format!("`{key} = {word}` is not known: expected {expected}{hint}");
+            Error::new_spanned(word, message)
         }
-        _ => error(term, format!("`{key}` takes one word: {expected}")),
+        Term::Literal(Lit::Str(text)) if names.contains(&&*text.value()) => {
+            Error::new_spanned(text, format!("write `{}` without quotes", text.value()))
+        }
+        _ => Error::new_spanned(term, format!("`{key}` takes one word: {expected}")),
+    }
+}
+
+pub(crate) fn in_flight(key: &Ident, term: &Term) -> Result<InFlight> {
+    const EXPECTED: &str = "`reject` or `wait(\"5s\")`";
+    match term {
+        Term::Word(word) if word == "reject" => Ok(InFlight::Reject),
+        Term::Word(word) if word == "wait" => {
+            error(word, "`wait` needs parentheses that say how long, as in `wait(\"5s\")`")
+        }
+        Term::Call(call) if call.word == "wait" => wait(call).map(InFlight::Wait),
+        Term::Named(word, _) if word == "wait" => {
+            error(term, "the bound stands in parentheses, as in `wait(\"5s\")`")
+        }
+        _ => Err(not_one_of(key, term, &["reject", "wait"], EXPECTED)),
+    }
+}
+
+fn wait(call: &Call) -> Result<Time> {
+    const ZERO: &str = "write `in_flight = reject`, and a duplicate is told when to try again";
+    match &call.inside[..] {
+        [term] if constant(term).is_some() || matches!(term, Term::Literal(Lit::Str(_))) => {
+            time(&call.word, term, "5s", ZERO)
+        }
+        _ => error(call, "`wait(..)` takes one duration, as in `wait(\"5s\")`"),
+    }
+}
+
+pub(crate) fn on_unknown(key: &Ident, term: &Term) -> Result<OnUnknown> {
+    const EXPECTED: &str = "`rerun`, `refuse` or `recover = path`";
+    const SIGNATURE: &str = "async fn(RequestContext) -> Recovered";
+    match term {
+        Term::Word(word) if word == "rerun" => Ok(OnUnknown::Rerun),
+        Term::Word(word) if word == "refuse" => Ok(OnUnknown::Refuse),
+        Term::Named(word, path) if word == "recover" => {
+            function(word, path, SIGNATURE).map(OnUnknown::Recover)
+        }
+        Term::Word(word) if word == "recover" => error(
+            word,
+            format!(
+                "`recover` needs a function that finds out: write `on_unknown = recover = path`, the path of an `{SIGNATURE}`"
+            ),
+        ),
+        Term::Call(call) if call.word == "recover" => {
+            error(call, "write `on_unknown = recover = path`, without parentheses")
+        }
+        _ => Err(not_one_of(key, term, &["rerun", "refuse", "recover"], EXPECTED)),
     }
 }
 

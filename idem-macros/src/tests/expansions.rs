@@ -1,9 +1,13 @@
+use proc_macro2::{Delimiter, Group, TokenStream, TokenTree};
+use quote::quote;
+
 use super::{expand, pretty, tokens};
-use crate::derive;
+use crate::args::OPTIONS;
+use crate::{derive, guarded};
 
 /// Compares with the file of that name; `UPDATE_EXPANSIONS=1` writes it.
 #[track_caller]
-fn assert_expands(name: &str, expansion: proc_macro2::TokenStream) {
+fn assert_expands(name: &str, expansion: TokenStream) {
     let path = format!("{}/src/tests/expansions/{name}.rs", env!("CARGO_MANIFEST_DIR"));
     let actual = pretty(expansion);
     if std::env::var_os("UPDATE_EXPANSIONS").is_some() {
@@ -21,9 +25,11 @@ const EVERYTHING: &str = r#"
     optional,
     fingerprint = (exclude("sent_at", "/a.b"), header("X-Version")),
     record = final,
-    in_flight = reject,
-    on_unknown = rerun,
+    in_flight = wait("5s"),
+    on_unknown = recover = bank::was_it_paid,
+    admit = within_quota,
     lease = LEASE,
+    replay(status = 200, merge = { replayed: true, event_id: null }),
     refusals = problems::REFUSALS,
     mode = observe,
     store_outage = open,
@@ -50,6 +56,13 @@ fn an_ordinary_handler() {
 #[test]
 fn a_handler_that_says_everything() {
     assert_expands("everything", expand(EVERYTHING, ORDINARY));
+}
+
+#[test]
+fn a_handler_that_takes_issued_keys() {
+    let args = "anchor = NONCE, in_flight = wait(PATIENCE), on_unknown = refuse, replay = shapes::brief, issued";
+    let item = "async fn f() {}";
+    assert_expands("issued", expand(args, item));
 }
 
 #[test]
@@ -101,6 +114,69 @@ fn an_unknown_attribute_that_is_no_macro_is_moved_once() {
     assert!(second.contains("# [tool :: note]"), "{second}");
 }
 
+/// The text that reaches `ReplayShape::merge`.
+fn merged(members: &str) -> String {
+    let args = format!("anchor = KEY, replay(merge = {{ {members} }})");
+    let expansion = expand(&args, "async fn f() {}");
+    assert!(!expansion.to_string().contains("compile_error"), "{members}: {expansion}");
+    let is_merge = |token: &TokenTree| matches!(token, TokenTree::Ident(word) if word == "merge");
+    let mut rest = flat(expansion).into_iter().skip_while(|token| !is_merge(token));
+    let text = rest.nth(1).expect("an argument of `merge`");
+    syn::parse2::<syn::LitStr>(text.into()).expect("a string literal").value()
+}
+
+fn flat(tokens: TokenStream) -> Vec<TokenTree> {
+    let inside = |token| match token {
+        TokenTree::Group(group) => flat(group.stream()),
+        token => vec![token],
+    };
+    tokens.into_iter().flat_map(inside).collect()
+}
+
+#[test]
+fn members_to_merge_become_json_text() {
+    for (members, text) in [
+        ("replayed: true", r#"{"replayed":true}"#),
+        ("a: false, \"b c\": null,", r#"{"a":false,"b c":null}"#),
+        ("type: 1, r#type2: 2, r#\"q\"#: 3", r#"{"type":1,"type2":2,"q":3}"#),
+        (r#"note: "x", raw: r"\d""#, r#"{"note":"x","raw":"\\d"}"#),
+        (
+            r#"s: "\"\\\n\t\r\u{1}\u{7f}é\u{1f600}""#,
+            "{\"s\":\"\\\"\\\\\\n\\t\\r\\u0001\u{7f}é😀\"}",
+        ),
+        ("n: 0, m: -1, hex: 0xff, thousand: 1_000", r#"{"n":0,"m":-1,"hex":255,"thousand":1000}"#),
+        (
+            "n: 18446744073709551615, m: -9223372036854775808",
+            r#"{"n":18446744073709551615,"m":-9223372036854775808}"#,
+        ),
+        ("n: -1.5, m: 1e3, k: 2.5E-7", r#"{"n":-1.5,"m":1e3,"k":2.5e-7}"#),
+        ("n: 1., m: 007.5, k: -00.25, l: 0.0", r#"{"n":1.0,"m":7.5,"k":-0.25,"l":0.0}"#),
+        ("a: [1, \"2\", [null,], {}], b: []", r#"{"a":[1,"2",[null],{}],"b":[]}"#),
+        ("a: { a: { a: [1, 2] } }, b: { a: 1 }", r#"{"a":{"a":{"a":[1,2]}},"b":{"a":1}}"#),
+    ] {
+        assert_eq!(merged(members), text, "{members}");
+    }
+}
+
+/// `$value:literal` and `$value:expr` arrive in groups without delimiters.
+#[test]
+fn members_to_merge_can_come_out_of_another_macro() {
+    let value = |tokens: TokenStream| Group::new(Delimiter::None, tokens);
+    let (one, minus, text) = (value(quote!(1)), value(quote!(-2.5)), value(quote!("x")));
+    let status = value(quote!(201));
+    let args =
+        quote!(anchor = KEY, replay(status = #status, merge = { a: #one, b: #minus, c: [#text] }));
+    let expansion = guarded(&args, &tokens("async fn f() {}")).to_string();
+    assert!(expansion.contains(r#"{\"a\":1,\"b\":-2.5,\"c\":[\"x\"]}"#), "{expansion}");
+}
+
+#[test]
+fn functions_of_the_users_may_depend_on_its_generics() {
+    let args = "anchor = KEY, admit = T::admit, on_unknown = recover = <Self as Bank>::ask";
+    let expansion = pretty(expand(args, "async fn f<T: Quota>(body: String) {}"));
+    assert!(expansion.contains("&const {"), "{expansion}");
+}
+
 #[test]
 fn derived_values_write_every_field_in_order() {
     let item = "#[anchor(crate = foo::bar)] struct Id<T, U>(u64, PhantomData<T>, U) where U: Copy;";
@@ -116,6 +192,7 @@ fn another_crate_path_replaces_ours_everywhere() {
         "crate = foo::bar, anchor = arg(a), scope = arg(c), format = FORMAT, ttl = TTL, engine = extension",
         r#"crate = foo::bar, anchor = body_field("/a/b"), fingerprint = (json, header("a")), scope = global, space = SPACE"#,
         r#"crate = foo::bar, anchor = path("id"), fingerprint = none, format = text(1..=9), state = S"#,
+        "crate = foo::bar, anchor = KEY, issued, on_unknown = refuse, in_flight = reject, replay = f",
     ] {
         for item in [
             ORDINARY,
@@ -141,12 +218,14 @@ fn without_a_crate_path_ours_is_absolute() {
 
 #[test]
 fn names_of_the_users_are_only_names() {
-    let args = r#"anchor = arg(__args, Some), ttl = POLICY, scope = arg(r#type)"#;
+    let args = r#"anchor = arg(__args, Some), ttl = POLICY, scope = arg(r#type), admit = __request, on_unknown = recover = boxed::Ok, replay = Err"#;
     let item = "async fn run(__args: A, __policy: B, (__last, Some): (C, D), Json(r#type): Json<E>) -> Result { __idem(__policy) }";
     let expansion = pretty(expand(args, item));
     assert!(!expansion.contains("compile_error"), "{expansion}");
     assert!(expansion.contains("::core::result::Result::Ok"), "{expansion}");
     assert!(!expansion.contains(" Ok("), "{expansion}");
+    assert!(expansion.contains("recovered(boxed::Ok(__request))"), "{expansion}");
+    assert!(expansion.contains("admitted(__request(__request))"), "{expansion}");
 }
 
 #[test]
@@ -199,7 +278,22 @@ fn every_option_is_known() {
         "record = final",
         "record = all",
         "in_flight = reject",
+        r#"in_flight = wait("5s")"#,
+        "in_flight = wait(a::PATIENCE)",
         "on_unknown = rerun",
+        "on_unknown = refuse",
+        "on_unknown = recover = ask",
+        "on_unknown = recover = bank::ask::<B>",
+        "admit = within_quota",
+        "admit = <Q as Quota>::admit",
+        "replay(status = 200)",
+        "replay(merge = { a: 1 },)",
+        "replay(merge = { a: 1 }, status = 599)",
+        "replay(status = 204)",
+        "replay = brief",
+        "replay = shapes::Brief::of",
+        r#"issued, space = "s""#,
+        "issued, space = SPACE",
         "mode = enforce",
         "mode = observe",
         "mode = off",
@@ -214,6 +308,15 @@ fn every_option_is_known() {
     ] {
         let args = format!("anchor = header(\"Idempotency-Key\"), {said}");
         assert_eq!(super::mistakes(&args, "async fn f(b: Json<B>) {}"), [], "{said}");
+    }
+}
+
+#[test]
+fn the_example_of_each_option_is_right() {
+    for (option, example) in OPTIONS {
+        assert!(example.starts_with(option), "{example}");
+        let args = if option == "anchor" { example } else { &format!("anchor = KEY, {example}") };
+        assert_eq!(super::mistakes(args, "async fn f(b: Json<B>) {}"), [], "{example}");
     }
 }
 

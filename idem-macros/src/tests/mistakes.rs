@@ -40,6 +40,12 @@ fn options_are_known_and_given_once() {
     assert_option("anchor = KEY; ttl = TTL", ";", "expected `,` between options");
     assert_option("anchor = KEY,, ttl = TTL", ",", "expected the name of an option");
     assert_option("anchor = KEY, optional = true", "optional", "write just `optional`");
+    assert_option("anchor = KEY, issued = true", "issued", "write just `issued`");
+    assert_option("anchor = KEY, issued(NONCE)", "issued", "write just `issued`");
+    assert_option("anchor = KEY, issued, issued", "issued", "option `issued` given twice");
+    assert_option("anchor = KEY, isued", "isued", "did you mean `issued`?");
+    assert_option("anchor = KEY, replays = a", "replays", "did you mean `replay`?");
+    assert_option("anchor = KEY, amit = a", "amit", "did you mean `admit`?");
     assert_option("anchor = KEY, ttl", "ttl", "`ttl` needs a value, as in `ttl = \"24h\"`");
     assert_option(
         "anchor = , ttl = TTL",
@@ -51,24 +57,13 @@ fn options_are_known_and_given_once() {
 
 #[test]
 fn what_is_not_built_is_refused_at_the_word() {
-    for word in ["admit", "replay", "issued", "transaction"] {
-        let message = format!("`{word}` is not yet supported");
-        for value in ["", " = a::b", "(status = 200, merge = { a: 1 })"] {
-            assert_option(&format!("{word}{value}, anchor = KEY"), word, &message);
-        }
+    for value in ["", " = a::b", "(status = 200, merge = { a: 1 })"] {
+        assert_option(
+            &format!("transaction{value}, anchor = KEY"),
+            "transaction",
+            "`transaction` is not yet supported",
+        );
     }
-    assert_option("anchor = KEY, in_flight = wait(\"5s\")", "wait", "`wait` is not yet supported");
-    assert_option("anchor = KEY, on_unknown = refuse", "refuse", "`refuse` is not yet supported");
-    assert_option(
-        "anchor = KEY, on_unknown = recover = a::b, mode = off",
-        "recover",
-        "`recover` is not yet supported",
-    );
-    assert_option(
-        "anchor = KEY, on_unknown = recover(a)",
-        "recover",
-        "`recover` is not yet supported",
-    );
 }
 
 #[test]
@@ -200,9 +195,169 @@ fn words_are_one_of_a_few() {
     assert_option("anchor = KEY, mode = 1", "1", "`mode` takes one word");
     assert_option("anchor = KEY, store_outage = opn", "opn", "did you mean `open`?");
     assert_option("anchor = KEY, engine = extensions", "extensions", "did you mean `extension`?");
-    assert_option("anchor = KEY, in_flight = rejct", "rejct", "did you mean `reject`?");
-    assert_option("anchor = KEY, on_unknown = retry", "retry", "expected `rerun`");
     assert_option("anchor = KEY, refusals = \"x\"", "\"x\"", "the path of a value");
+}
+
+#[test]
+fn duplicates_are_refused_or_wait_for_a_time() {
+    let in_flight = |value: &str, underlined: &str, message: &str| {
+        assert_option(&format!("anchor = KEY, in_flight = {value}"), underlined, message);
+    };
+    in_flight("rejct", "rejct", "expected `reject` or `wait(\"5s\")`; did you mean `reject`?");
+    in_flight("wiat(\"5s\")", "wiat", "did you mean `wait`?");
+    in_flight("\"reject\"", "\"reject\"", "write `reject` without quotes");
+    in_flight("reject()", "reject()", "takes one word: `reject` or");
+    in_flight("wait", "wait", "`wait` needs parentheses that say how long, as in `wait(\"5s\")`");
+    in_flight("wait = \"5s\"", "wait = \"5s\"", "stands in parentheses");
+    in_flight("wait()", "wait()", "`wait(..)` takes one duration, as in `wait(\"5s\")`");
+    in_flight("wait(5)", "wait(5)", "takes one duration");
+    in_flight("wait(forever)", "wait(forever)", "takes one duration");
+    in_flight("wait(\"1s\", \"2s\")", "wait(\"1s\", \"2s\")", "takes one duration");
+    in_flight(
+        "wait(\"0s\")",
+        "\"0s\"",
+        "`wait` must be greater than zero: write `in_flight = reject`",
+    );
+    in_flight("wait(\"5\")", "\"5\"", "duration `5` has no unit");
+}
+
+#[test]
+fn unknown_outcomes_have_a_rule_or_a_function() {
+    let on_unknown = |value: &str, underlined: &str, message: &str| {
+        assert_option(
+            &format!("anchor = KEY, on_unknown = {value}, mode = off"),
+            underlined,
+            message,
+        );
+    };
+    on_unknown("retry", "retry", "expected `rerun`, `refuse` or `recover = path`");
+    on_unknown("refse", "refse", "did you mean `refuse`?");
+    on_unknown("\"refuse\"", "\"refuse\"", "write `refuse` without quotes");
+    on_unknown(
+        "recover",
+        "recover",
+        "write `on_unknown = recover = path`, the path of an `async fn(RequestContext) -> Recovered`",
+    );
+    on_unknown("recover =", "recover", "`recover =` needs a value");
+    on_unknown(
+        "recover(bank::ask)",
+        "recover(bank::ask)",
+        "write `on_unknown = recover = path`, without parentheses",
+    );
+    on_unknown("recovr = ask", "recovr", "did you mean `recover`?");
+    on_unknown("rerun = a", "rerun = a", "takes one word: `rerun`,");
+    on_unknown(
+        "recover = \"ask\"",
+        "\"ask\"",
+        "`recover` takes the path of a function: `async fn(",
+    );
+    on_unknown("recover = ask()", "ask()", "`recover` takes the path of a function");
+    on_unknown(
+        "recover = async |request, more| ask(request)",
+        "async |request, more| ask(request)",
+        "`recover` takes no closure: declare it as `async fn(RequestContext) -> Recovered`",
+    );
+}
+
+#[test]
+fn admission_is_a_function() {
+    let admit = |value: &str, message: &str| {
+        assert_option(&format!("anchor = KEY, admit = {value}"), value, message);
+    };
+    admit(
+        "\"quota\"",
+        "`admit` takes the path of a function: `async fn(RequestContext) -> Result<(), impl IntoResponse>`",
+    );
+    admit("quota(5)", "takes the path of a function");
+    admit("{ quota }", "takes the path of a function");
+    admit("|r| quota(r)", "`admit` takes no closure: declare it as `async fn(RequestContext)");
+    assert_option("anchor = KEY, admit", "admit", "as in `admit = within_quota`");
+}
+
+#[test]
+fn replays_change_something_that_can_be_changed() {
+    let replay = |value: &str, underlined: &str, message: &str| {
+        assert_option(&format!("anchor = KEY, replay{value}"), underlined, message);
+    };
+    const EXPECTED: &str = "expected `status = 200`, `merge = { replayed: true }`, or both";
+    replay("", "replay", "`replay` needs a value, as in `replay(status = 200)`");
+    replay("()", "replay", &format!("`replay()` changes nothing: {EXPECTED}"));
+    replay("(status = 200), replay = brief", "replay", "option `replay` given twice");
+    replay(" = brief, replay(status = 200)", "replay", "option `replay` given twice");
+    replay("(stats = 200)", "stats", &format!("no `stats`: {EXPECTED}; did you mean `status`?"));
+    replay("(headers)", "headers", "has no `headers`");
+    replay("(shapes::brief)", "shapes::brief", "for anything else write `replay = path`");
+    replay("(200)", "200", EXPECTED);
+    replay("(status = 200, status = 201)", "status", "given twice: leave out one of them");
+    replay("(status)", "status", "`status` needs a value, as in `status = 200`");
+    replay("(status = )", "status", "`status =` needs a value");
+    replay("(merge { a: 1 })", "{", "expected `,`");
+    replay("(merge({ a: 1 }))", "merge", "as in `merge = { replayed: true }`");
+    replay(
+        " = (status = 200)",
+        "(status = 200)",
+        "write `replay(status = 200, merge = { replayed: true })`, without `=`",
+    );
+    replay(" = { a: 1 }", "{ a: 1 }", "without `=`");
+    replay(" = |response| response", "|response| response", "`replay` takes no closure");
+    replay(" = 200", "200", "`fn(Response<Bytes>) -> Response<Bytes>`");
+
+    replay("(status = 99)", "99", "a status is from 200 to 599");
+    replay("(status = 600)", "600", "a status is from 200 to 599");
+    replay("(status = 99999)", "99999", "a status is from 200 to 599");
+    replay("(status = 103)", "103", "a 103 response only announces another");
+    replay("(status = \"200\")", "\"200\"", "`status` takes a number");
+    replay("(status = -200)", "-200", "a status is from 200 to 599");
+    replay("(status = StatusCode::OK)", "StatusCode::OK", "`status` takes a number");
+    for status in ["204", "205", "304"] {
+        replay(
+            &format!("(merge = {{ a: 1 }}, status = {status})"),
+            status,
+            &format!("a {status} response has no body to merge members into"),
+        );
+    }
+}
+
+#[test]
+fn members_to_merge_are_json_literals() {
+    let merge = |members: &str, underlined: &str, message: &str| {
+        let args = format!("anchor = KEY, replay(status = 200, merge = {{ {members} }})");
+        assert_option(&args, underlined, message);
+    };
+    const LITERALS: &str =
+        "only JSON literals stand here: for computed members write `replay = path`";
+    merge("a: x", "x", LITERALS);
+    merge("a: response.id, b: 1", "response.id", LITERALS);
+    merge("a: 1 + 2", "1 + 2", LITERALS);
+    merge("a: [1, id(7, 8)]", "id(7, 8)", LITERALS);
+    merge("a: { b: { c: None } }", "None", LITERALS);
+    merge("a: 'x'", "'x'", LITERALS);
+    merge("a: b\"x\"", "b\"x\"", LITERALS);
+    merge("a: -\"x\"", "-\"x\"", LITERALS);
+    merge("a: (1)", "(1)", LITERALS);
+    merge("a: True", "True", "did you mean `true`?");
+    merge("a: nil", "nil", "did you mean `null`?");
+    merge("a: 1u8", "1u8", "a JSON number has no type: write `1`");
+    merge("a: -1.5f32", "-1.5f32", "a JSON number has no type: write `-1.5`");
+    merge("a: 1e999", "1e999", "write it as a string");
+    merge("a: 18446744073709551616", "18446744073709551616", "write it as a string");
+    merge("a: 1, \"a\": 2", "\"a\"", "member `a` given twice: leave out one of them");
+    merge("b: [{ a: 1, r#a: 2 }]", "r#a", "member `a` given twice");
+    merge("a = 1", "a", "`a` is followed by `:` and its value, as in `a: true`");
+    merge("event-id: 1", "event", "a name of other characters stands in quotes");
+    merge("a", "a", "`a` is followed by `:`");
+    merge("a: , b: 1", "a", "`a:` needs a value");
+    merge("1: 2", "1", "a member begins with its name");
+    merge("a: 1,, b: 2", ",", "nothing stands before this comma");
+    merge("", "{  }", "an empty object merges nothing: leave out `merge`");
+
+    let merge = |value: &str, message: &str| {
+        assert_option(&format!("anchor = KEY, replay(merge = {value})"), value, message);
+    };
+    const OBJECT: &str = "`merge` takes a JSON object, as in `merge = { replayed: true }`";
+    merge("r#\"{\"a\":1}\"#", OBJECT);
+    merge("MEMBERS", OBJECT);
+    merge("true", OBJECT);
 }
 
 #[test]
@@ -243,6 +398,28 @@ fn options_do_not_contradict_each_other() {
         "state",
         "leave out one of them",
     );
+}
+
+#[test]
+fn issued_keys_come_from_another_handler() {
+    const SPACE: &str =
+        "keys are issued by another handler: both name one space, as in `space = \"enrolment\"`";
+    assert_option("anchor = header(\"a\"), issued", "issued", SPACE);
+    assert_option("issued, anchor = arg(body.nonce)", "issued", SPACE);
+    // What the parts of a tuple say beside their format is not heard.
+    assert_option("anchor = (KEY, header(\"a\")), issued", "issued", SPACE);
+    assert_option("anchor = KEY, issued, optional", "optional", "cannot run without one");
+    let ttl = "an issued key is valid from when it was issued: say `ttl` there";
+    assert_option("anchor = KEY, issued, ttl = \"10m\"", "ttl", ttl);
+    assert_option("anchor = header(\"a\"), space = \"s\", issued, ttl = forever", "ttl", ttl);
+
+    assert_eq!(mistakes("anchor = KEY, issued", HANDLER), []);
+    assert_eq!(mistakes("anchor = keys::nonce, issued", HANDLER), []);
+    assert_eq!(mistakes("anchor = (KEY, query(\"a\")), space = \"s\", issued", HANDLER), []);
+    // A mistake elsewhere is not a second one here.
+    assert_option("anchor = heder(\"a\"), issued", "heder", "unknown anchor");
+    assert_option("anchor = header(\"a\"), space = , issued", "space", "`space` needs a value");
+    assert_option("anchor = header(\"a\"), space = \"\", issued", "\"\"", "needs a name");
 }
 
 #[test]
@@ -345,12 +522,37 @@ fn handlers_are_what_axum_calls() {
 #[test]
 fn all_mistakes_are_reported_at_once() {
     let args = "anchor = heder(\"x\"), tll = 1, ttl = \"24\", ttl = \"1h\", record = sucess lease = \"0s\", \
-                admit = x, format = hex(0), scope = (header(\"a b\"), path(\"\")), state = , engine = stat";
+                transaction, format = hex(0), scope = (header(\"a b\"), path(\"\")), state = , engine = stat";
     let item = "fn f(self, #[x] Json(b): Json<B>, x: &str) {}";
     let places: Vec<String> = mistakes(args, item).into_iter().map(|(at, _)| at).collect();
     let expected = [
-        "tll", "ttl", "lease", "admit", "state", "fn", "self", "#[x]", "Json<B>", "&str", "stat",
-        "heder", "\"a b\"", "\"\"", "\"0s\"", "\"24\"", "0", "sucess",
+        "tll",
+        "ttl",
+        "lease",
+        "transaction",
+        "state",
+        "fn",
+        "self",
+        "#[x]",
+        "Json<B>",
+        "&str",
+        "stat",
+        "heder",
+        "\"a b\"",
+        "\"\"",
+        "\"0s\"",
+        "\"24\"",
+        "0",
+        "sucess",
+    ];
+    assert_eq!(places, expected);
+
+    let args = "anchor = header(\"a\"), issued, optional, ttl = TTL, in_flight = wait(\"0s\"), on_unknown = recover, \
+                admit = 1, replay(status = 99, merge = { a: x, a: [y, { b: 1u8 }], c }, other = 1)";
+    let places: Vec<String> = mistakes(args, HANDLER).into_iter().map(|(at, _)| at).collect();
+    let expected = [
+        "optional", "ttl", "issued", "\"0s\"", "recover", "1", "other", "99", "x", "y", "1u8", "a",
+        "c",
     ];
     assert_eq!(places, expected);
 }

@@ -231,6 +231,17 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         S::complete(self, completion)
     }
 
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
+        S::issue(self, issue)
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        S::checkpoint(self, checkpoint)
+    }
+
     fn release<'a>(
         &'a self,
         key: &'a Key,

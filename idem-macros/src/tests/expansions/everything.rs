@@ -33,12 +33,26 @@ pub async fn transfer(
                     .headers(&["x-version"]),
             )
             .record(foo::bar::__private::Recording::Final)
-            .in_flight(foo::bar::__private::InFlight::Reject)
-            .on_unknown(foo::bar::__private::OnUnknown::Rerun)
-            .mode(foo::bar::__private::Mode::Observe)
-            .store_outage(foo::bar::__private::StoreOutage::Open)
+            .in_flight(
+                foo::bar::__private::InFlight::Wait(
+                    ::core::time::Duration::from_millis(5000),
+                ),
+            )
+            .recover(|__request| foo::bar::__private::boxed(
+                foo::bar::__private::recovered(bank::was_it_paid(__request)),
+            ))
+            .admit(|__request| foo::bar::__private::boxed(
+                foo::bar::__private::admitted(within_quota(__request)),
+            ))
             .lease(LEASE)
-            .refusals(&problems::REFUSALS);
+            .replay(
+                foo::bar::__private::ReplayShape::new()
+                    .status(foo::bar::__private::status(200))
+                    .merge("{\"replayed\":true,\"event_id\":null}"),
+            )
+            .refusals(&problems::REFUSALS)
+            .mode(foo::bar::__private::Mode::Observe)
+            .store_outage(foo::bar::__private::StoreOutage::Open);
         &__IDEM_POLICY
     };
     if false {

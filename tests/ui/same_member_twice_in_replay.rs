@@ -1,8 +1,8 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Admission of fresh operations is not built yet.
-#[idempotent(anchor = header("Idempotency-Key"), admit = within_quota)]
+// JSON does not say which of two members of one name counts.
+#[idempotent(anchor = header("Idempotency-Key"), replay(merge = { replayed: true, "replayed": 1 }))]
 async fn pay(body: String) -> String {
     body
 }

@@ -1,8 +1,8 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Keys that the server hands out are not built yet.
-#[idempotent(anchor = header("Idempotency-Key"), issued)]
+// An interim response is never the last.
+#[idempotent(anchor = header("Idempotency-Key"), replay(status = 100))]
 async fn pay(body: String) -> String {
     body
 }

@@ -1,8 +1,8 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Changing a replay is not built yet.
-#[idempotent(anchor = header("Idempotency-Key"), replay(status = 200, merge = { replayed: true }))]
+// A request without a key would run, although only issued keys may.
+#[idempotent(anchor = header("Idempotency-Key"), space = "enrolment", issued, optional)]
 async fn pay(body: String) -> String {
     body
 }

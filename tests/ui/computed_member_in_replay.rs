@@ -1,8 +1,8 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Waiting for the original is not built yet; until it is, saying so must not be ignored.
-#[idempotent(anchor = header("Idempotency-Key"), in_flight = wait("5s"))]
+// What is merged is the same in every replay, and the rest is a function's work.
+#[idempotent(anchor = header("Idempotency-Key"), replay(merge = { replayed: true, at: now() }))]
 async fn pay(body: String) -> String {
     body
 }

@@ -1,8 +1,8 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Asking a function about an unknown outcome is not built yet.
-#[idempotent(anchor = header("Idempotency-Key"), on_unknown = recover = ask_the_bank)]
+// Recovery asks the application, so it is told what to ask.
+#[idempotent(anchor = header("Idempotency-Key"), on_unknown = recover)]
 async fn pay(body: String) -> String {
     body
 }

@@ -1,8 +1,8 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Refusing to rerun after an unknown outcome is not built yet.
-#[idempotent(anchor = header("Idempotency-Key"), on_unknown = refuse)]
+// A response without a body has no members.
+#[idempotent(anchor = header("Idempotency-Key"), replay(status = 204, merge = { replayed: true }))]
 async fn pay(body: String) -> String {
     body
 }
