@@ -6,9 +6,12 @@
     reason = "the README's code is an application's, which nobody depends on"
 )]
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use tests::server::{Server, send};
@@ -69,4 +72,29 @@ async fn a_handler_is_called_without_an_engine() {
     let returned = create_payment(State(app), Operation::default(), Json(payment).into()).await;
     let (status, Json(receipt)) = returned.into_inner().unwrap().unwrap();
     assert_eq!((status, receipt.id.as_str()), (StatusCode::CREATED, "ch_ada_3"));
+}
+
+#[tokio::test]
+async fn a_quote_is_bought_once_for_the_amount_that_is_bound_to_it() {
+    let provider = Provider::default();
+    let store = idem_runtime::store::MemoryStore::new();
+    let idem = Idempotency::builder(store)
+        .scope(Scope::custom(|_| Ok(["tenant-1"].into_iter().collect())))
+        .build();
+    let app = App { idem, provider: provider.clone() };
+    let router =
+        Router::new().route("/quotes", post(quote)).route("/purchases", post(buy)).with_state(app);
+    let server = Server::start(router).await;
+
+    let number = send(server.post_without_key("/quotes", "")).await.text();
+    let buy = |quote: String| send(server.post_without_key("/purchases", &quote));
+    let order = format!(r#"{{"quote":"{number}"}}"#);
+    provider.down.store(true, Ordering::SeqCst);
+    assert_eq!(buy(order.clone()).await.status, 502, "it charged, and the answer was lost");
+    let bought = buy(order.clone()).await;
+    assert_eq!((bought.status, bought.text().as_str()), (200, "ch_shop_100"));
+    assert!(buy(order).await.is_replay());
+    assert_eq!(buy(r#"{"quote":"made up"}"#.to_owned()).await.code(), "unknown_key");
+    assert_eq!(provider.charged.lock().unwrap().len(), 1);
+    server.stop().await;
 }
