@@ -627,10 +627,11 @@ impl Shared {
                 RefusalKind::StoreUnavailable
             }
         };
-        // An unreadable record may be a completed one: running over it is what idem exists to
-        // prevent, whatever the policy says of outages.
+        // A store that answers is not out: a record that cannot be read may be a completed one, and
+        // a store that is full is full until somebody acts. To run everything without protection
+        // meanwhile is what idem exists to prevent.
         let open = call.policy.store_outage == crate::policy::StoreOutage::Open
-            && kind != RefusalKind::RecordUnreadable;
+            && kind == RefusalKind::StoreUnavailable;
         if open {
             self.tell(&call.operation, None, Outcome::Unprotected, Some(error));
             return Admission::Unprotected;

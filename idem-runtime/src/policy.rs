@@ -193,8 +193,8 @@ macro_rules! shared_options {
                 self
             }
 
-            /// What becomes of a request while the store cannot be reached. Default: it is refused
-            /// and does not run.
+            /// What becomes of a request while the store cannot be asked. Default: it is refused and
+            /// does not run.
             pub $($constness)? fn store_outage(mut self, outage: StoreOutage) -> Self {
                 self.options.store_outage = Some(outage);
                 self
@@ -320,13 +320,17 @@ pub enum Mode {
     Off,
 }
 
-/// What becomes of a request while the store cannot be asked.
+/// What becomes of a request while the store cannot be asked: it cannot be reached, does not answer
+/// in time, or refuses the call.
+///
+/// A store that answers is no outage: when it is full, or has a record that cannot be read, the
+/// request is refused whatever is said here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreOutage {
     /// It is refused: nothing runs without protection.
     #[default]
     Closed,
-    /// It runs without protection.
+    /// It runs without protection: its retry, or a duplicate, may run it again.
     Open,
 }
