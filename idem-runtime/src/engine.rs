@@ -262,8 +262,15 @@ impl Builder<Scoped> {
 impl<S> Builder<S> {
     /// Makes all digests HMACs under this secret: whoever reads the store cannot try out keys. All
     /// processes that share the store need the same one; with another, earlier keys are not found.
+    ///
+    /// # Panics
+    ///
+    /// When it is empty, as what is read from an unset variable is: everybody knows that one.
+    #[track_caller]
     pub fn secret(mut self, secret: impl AsRef<[u8]>) -> Self {
-        self.digester = Digester::keyed(secret.as_ref());
+        let secret = secret.as_ref();
+        assert!(!secret.is_empty(), "secret: an empty one keeps nothing secret");
+        self.digester = Digester::keyed(secret);
         self
     }
 

@@ -205,7 +205,9 @@ fn canonical_number(text: &str) -> String {
         return text.to_owned();
     };
     match usize::try_from(exponent) {
-        Ok(zeros) if trimmed.len().saturating_add(zeros) <= 40 => format!("{sign}{trimmed}{}", "0".repeat(zeros)),
+        Ok(zeros) if trimmed.len().saturating_add(zeros) <= 40 => {
+            format!("{sign}{trimmed}{}", "0".repeat(zeros))
+        }
         _ => format!("{sign}{trimmed}e{exponent}"),
     }
 }

@@ -39,8 +39,13 @@ impl Policy {
     }
 
     /// Checks each value of the anchor and brings it into one canonical form.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when it is [`Format::Hex`] of no bytes.
+    #[track_caller]
     pub const fn format(mut self, format: Format) -> Self {
-        self.anchor.format = Some(format);
+        self.anchor = self.anchor.format(format);
         self
     }
 }
@@ -141,7 +146,13 @@ macro_rules! shared_options {
 
             /// Within what a key is unique: handlers that name the same space share their keys.
             /// Default: each operation is a space of its own.
+            ///
+            /// # Panics
+            ///
+            /// When the name is empty. In a constant, that does not compile.
+            #[track_caller]
             pub $($constness)? fn space(mut self, name: &'static str) -> Self {
+                assert!(!name.is_empty(), "space: the name is empty");
                 self.options.space = Some(name);
                 self
             }
@@ -275,6 +286,9 @@ pub(crate) struct Resolved {
 /// What is not recorded is either *nothing happened* (a 4xx: the key is free again and the next
 /// request with it starts afresh) or an *unknown outcome* (a 5xx, a 408, a panic: the claim is
 /// released, and a retry runs under the same operation id).
+///
+/// A 4xx of a later attempt says nothing of what an earlier one did: it releases the claim too, so
+/// that only the same request may be tried again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Recording {
