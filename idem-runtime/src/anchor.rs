@@ -489,7 +489,13 @@ impl Source {
                 (name, request.path(name).ok_or(AnchorError::missing(name))?.into())
             }
             Self::Query(name) => (name, request.query(name)?.ok_or(AnchorError::missing(name))?),
-            Self::Custom(read) => return rules.check_all("the key", &read(request)?, into),
+            Self::Custom(read) => {
+                let what = match quoting {
+                    Quoting::Accepted => "the key",
+                    Quoting::Literal => "the scope",
+                };
+                return rules.check_all(what, &read(request)?, into);
+            }
             Self::Argument => {
                 let values = arguments.next().unwrap_or_default();
                 return rules.check_all("the argument", &values, into);

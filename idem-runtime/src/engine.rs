@@ -293,7 +293,10 @@ impl<S> Builder<S> {
         self
     }
 
-    /// Leaves more headers out of recorded answers than the default list.
+    /// Leaves more headers out of recorded answers than the default list: what is hop-by-hop
+    /// (`Connection` and what it names, `Keep-Alive`, `Proxy-*`, `TE`, `Trailer`,
+    /// `Transfer-Encoding`, `Upgrade`), `Date`, `Age`, `Set-Cookie`, `WWW-Authenticate`,
+    /// `Authentication-Info` and `Server-Timing`.
     pub fn leave_out(mut self, headers: impl IntoIterator<Item = HeaderName>) -> Self {
         self.left_out.extend(headers);
         self
@@ -346,7 +349,7 @@ impl<S> Builder<S> {
     }
 
     /// How many handlers whose clients hung up may be running, and answers waiting to be recorded,
-    /// before new requests are refused. Default: 1,024.
+    /// before new requests are refused with 503 `busy`, replays included. Default: 1,024.
     pub fn detached_limit(mut self, at_most: usize) -> Self {
         self.limits.detached = at_most;
         self

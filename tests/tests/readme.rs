@@ -61,6 +61,15 @@ async fn the_readme_does_what_it_says() {
 }
 
 #[tokio::test]
+async fn a_server_stops_when_nothing_is_left() {
+    let store = idem_runtime::store::MemoryStore::new();
+    let idem = Idempotency::builder(store).scope(Scope::header("X-API-Key")).build();
+    let app = routes(App { idem: idem.clone(), provider: Provider::default() });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    serve(listener, app, idem, async {}).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_handler_is_called_without_an_engine() {
     let store = idem_runtime::store::MemoryStore::new();
     let idem = Idempotency::builder(store).scope(Scope::header("X-API-Key")).build();
