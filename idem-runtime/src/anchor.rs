@@ -92,6 +92,11 @@ impl Anchor {
 
     /// A parameter of the matched route, percent-decoded.
     ///
+    /// With a [`format`](Self::format), all spellings of a value are one key, also where the
+    /// operation, of which the parameter is a part, is the space. The handler sees the parameter as
+    /// it was sent: it must take all spellings for the same thing, too. Without a format, each
+    /// spelling is a key of its own: look such an id up exactly as it is written.
+    ///
     /// # Panics
     ///
     /// In a constant: does not compile when `name` is empty.
@@ -152,8 +157,14 @@ impl Anchor {
     }
 
     /// Checks each value and brings it into one canonical form before it enters the key.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when it is [`Format::Hex`] of no bytes.
     #[must_use]
+    #[track_caller]
     pub const fn format(mut self, format: Format) -> Self {
+        assert!(!matches!(format, Format::Hex(0)), "format: a key of no bytes is no key");
         self.format = Some(format);
         self
     }
@@ -187,6 +198,10 @@ impl Anchor {
 
     /// Within what the key is unique: all handlers that name this space share their keys. Without
     /// it, each operation is a space of its own.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when the name is empty.
     #[must_use]
     #[track_caller]
     pub const fn space(mut self, name: &'static str) -> Self {
@@ -232,7 +247,7 @@ impl Anchor {
     }
 
     /// Values that did not come out of a request, checked and canonical as if they had.
-    pub(crate) fn canonical(&self, values: &Values, longest: usize) -> Result<Values, AnchorError> {
+    pub(crate) fn checked(&self, values: &Values, longest: usize) -> Result<Values, AnchorError> {
         let mut canonical = Values::new();
         let formats: Vec<_> = match self.source {
             Source::All(anchors) => anchors.iter().map(|anchor| anchor.format).collect(),
@@ -247,6 +262,28 @@ impl Anchor {
             rules.check_all("the key", &Values::from_iter([value]), &mut canonical)?;
         }
         Ok(canonical)
+    }
+
+    /// The spelling in which a parameter of the route enters the operation: the canonical one, where
+    /// this anchor has a format for it. What the format refuses stays as it is; it is no key either.
+    pub(crate) fn spelling<'v>(&self, parameter: &str, value: &'v str) -> Cow<'v, str> {
+        self.canonical(parameter, value, None).unwrap_or(Cow::Borrowed(value))
+    }
+
+    fn canonical<'v>(
+        &self,
+        parameter: &str,
+        value: &'v str,
+        outer: Option<Format>,
+    ) -> Option<Cow<'v, str>> {
+        let format = self.format.or(outer);
+        match self.source {
+            Source::Path(name) if name == parameter => format?.canonical(name, value).ok(),
+            Source::All(parts) => {
+                parts.iter().find_map(|part| part.canonical(parameter, value, format))
+            }
+            _ => None,
+        }
     }
 
     /// Takes the values out of a request, checked and canonical.
@@ -302,17 +339,33 @@ impl Scope {
         Self(ScopeKind::One(Source::Header(name)))
     }
 
-    /// A parameter of the matched route.
+    /// A parameter of the matched route, percent-decoded.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when `name` is empty.
+    #[track_caller]
     pub const fn path(name: &'static str) -> Self {
+        assert!(!name.is_empty(), "Scope::path: the name is empty");
         Self(ScopeKind::One(Source::Path(name)))
     }
 
-    /// A parameter of the query string.
+    /// A parameter of the query string, decoded; twice the same name is refused.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when `name` is empty.
+    #[track_caller]
     pub const fn query(name: &'static str) -> Self {
+        assert!(!name.is_empty(), "Scope::query: the name is empty");
         Self(ScopeKind::One(Source::Query(name)))
     }
 
-    /// A field of the body.
+    /// A field of the body, named as for [`Anchor::body_field`].
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when the path is empty or has an empty name between dots.
     #[track_caller]
     pub const fn body_field(path: &'static str) -> Self {
         assert!(is_field_path(path), "Scope::body_field: a name in the path is empty");
@@ -320,7 +373,8 @@ impl Scope {
     }
 
     /// Code of the application's; the usual one reads what an authentication layer left in the
-    /// request's extensions.
+    /// request's extensions. It sees the body only if something else, such as the fingerprint, needs
+    /// it.
     ///
     /// ```
     /// use idem_runtime::{AnchorError, Scope, Values};
@@ -338,6 +392,10 @@ impl Scope {
     }
 
     /// Several together, in this order.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when there is none.
     #[track_caller]
     pub const fn all(scopes: &'static [Self]) -> Self {
         assert!(!scopes.is_empty(), "Scope::all: at least one scope is needed");
@@ -457,7 +515,13 @@ impl Source {
                 (name, request.path(name).ok_or(AnchorError::missing(name))?.into())
             }
             Self::Query(name) => (name, request.query(name)?.ok_or(AnchorError::missing(name))?),
-            Self::Custom(read) => return rules.check_all("the key", &read(request)?, into),
+            Self::Custom(read) => {
+                let what = match quoting {
+                    Quoting::Accepted => "the key",
+                    Quoting::Literal => "the scope",
+                };
+                return rules.check_all(what, &read(request)?, into);
+            }
             Self::Argument => {
                 let values = arguments.next().unwrap_or_default();
                 return rules.check_all("the argument", &values, into);
@@ -526,13 +590,14 @@ fn unquote(name: &'static str, value: &str) -> Result<Cow<'static, str>, AnchorE
     }
 }
 
-/// What form a value must have; it enters the key in one canonical spelling.
+/// What form a value must have; it enters the key in one canonical spelling. In the macro: `uuid`,
+/// `hex(32)`, `text(1..=64)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// A UUID (RFC 9562) of any version; canonical in lower case with hyphens.
     Uuid,
-    /// So many *bytes* in hexadecimal digits, with or without `0x`; canonical in lower case
-    /// without it.
+    /// So many *bytes*, at least one, in twice as many hexadecimal digits, with or without `0x`;
+    /// canonical in lower case without it. `Hex(32)` is 64 digits: a SHA-256, an `0x` nonce.
     Hex(usize),
     /// Between so many and so many characters, none of them a control character; as it is. Made by
     /// [`text`](Self::text).
@@ -855,7 +920,7 @@ by_members!(A, B, C, D, E);
 by_members!(A, B, C, D, E, F);
 
 /// RFC 9110 §5.6.2, `token`.
-const fn is_header_name(name: &str) -> bool {
+pub(crate) const fn is_header_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     let mut i = 0;
     while i < bytes.len() {
@@ -887,7 +952,7 @@ const fn is_header_name(name: &str) -> bool {
 }
 
 /// Names between dots are not empty; a JSON Pointer may name anything, but has its escapes right.
-const fn is_field_path(path: &str) -> bool {
+pub(crate) const fn is_field_path(path: &str) -> bool {
     let bytes = path.as_bytes();
     if bytes.is_empty() {
         return false;

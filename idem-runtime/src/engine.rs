@@ -277,8 +277,15 @@ impl Builder<Scoped> {
 impl<S> Builder<S> {
     /// Makes all digests HMACs under this secret: whoever reads the store cannot try out keys. All
     /// processes that share the store need the same one; with another, earlier keys are not found.
+    ///
+    /// # Panics
+    ///
+    /// When it is empty, as what is read from an unset variable is: everybody knows that one.
+    #[track_caller]
     pub fn secret(mut self, secret: impl AsRef<[u8]>) -> Self {
-        self.digester = Digester::keyed(secret.as_ref());
+        let secret = secret.as_ref();
+        assert!(!secret.is_empty(), "secret: an empty one keeps nothing secret");
+        self.digester = Digester::keyed(secret);
         self
     }
 
@@ -301,7 +308,10 @@ impl<S> Builder<S> {
         self
     }
 
-    /// Leaves more headers out of recorded answers than the default list.
+    /// Leaves more headers out of recorded answers than the default list: what is hop-by-hop
+    /// (`Connection` and what it names, `Keep-Alive`, `Proxy-*`, `TE`, `Trailer`,
+    /// `Transfer-Encoding`, `Upgrade`), `Date`, `Age`, `Set-Cookie`, `WWW-Authenticate`,
+    /// `Authentication-Info` and `Server-Timing`.
     pub fn leave_out(mut self, headers: impl IntoIterator<Item = HeaderName>) -> Self {
         self.left_out.extend(headers);
         self
@@ -354,7 +364,7 @@ impl<S> Builder<S> {
     }
 
     /// How many handlers whose clients hung up may be running, and answers waiting to be recorded,
-    /// before new requests are refused. Default: 1,024.
+    /// before new requests are refused with 503 `busy`, replays included. Default: 1,024.
     pub fn detached_limit(mut self, at_most: usize) -> Self {
         self.limits.detached = at_most;
         self
@@ -734,10 +744,11 @@ impl Shared {
                 RefusalKind::StoreUnavailable
             }
         };
-        // An unreadable record may be a completed one: running over it is what idem exists to
-        // prevent, whatever the policy says of outages.
+        // A store that answers is not out: a record that cannot be read may be a completed one, and
+        // a store that is full is full until somebody acts. To run everything without protection
+        // meanwhile is what idem exists to prevent.
         let open = call.policy.store_outage == crate::policy::StoreOutage::Open
-            && kind != RefusalKind::RecordUnreadable;
+            && kind == RefusalKind::StoreUnavailable;
         if open {
             self.tell(&call.operation, None, Outcome::Unprotected, Some(error));
             return Admission::Unprotected;

@@ -16,6 +16,7 @@ use http::HeaderMap;
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
 use crate::{
+    anchor::{is_field_path, is_header_name},
     json::{self, JsonError},
     key::{Digester, Endpoint, Values, put_bytes},
     record::Fingerprint,
@@ -80,13 +81,28 @@ impl FingerprintScheme {
         Self::new(Basis::Json, &[])
     }
 
-    /// Only these fields of the JSON body, named by dots or by JSON Pointers.
+    /// Only these fields of the JSON body, named by dots or by JSON Pointers. A body that is not
+    /// JSON counts whole, as bytes.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when there is none, or a path is empty or has an empty name
+    /// between dots.
+    #[track_caller]
     pub const fn body_fields(paths: &'static [&'static str]) -> Self {
+        assert!(!paths.is_empty(), "FingerprintScheme::body_fields: no field is named");
+        assert_paths(paths);
         Self::new(Basis::Fields, paths)
     }
 
     /// Like [`json`](Self::json), without these fields.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when a path is empty or has an empty name between dots.
+    #[track_caller]
     pub const fn exclude(paths: &'static [&'static str]) -> Self {
+        assert_paths(paths);
         Self::new(Basis::Exclude, paths)
     }
 
@@ -95,9 +111,21 @@ impl FingerprintScheme {
         Self::new(Basis::None, &[])
     }
 
-    /// Adds headers, all of whose lines count in their order.
+    /// Adds headers, all of whose lines count in their order. Name all of them in one call.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when a name is not a header name (RFC 9110 §5.1), or the
+    /// scheme has headers already.
     #[must_use]
+    #[track_caller]
     pub const fn headers(mut self, names: &'static [&'static str]) -> Self {
+        assert!(self.headers.is_empty(), "FingerprintScheme::headers: name all in one call");
+        let mut rest = names;
+        while let [name, others @ ..] = rest {
+            assert!(is_header_name(name), "FingerprintScheme::headers: not a valid header name");
+            rest = others;
+        }
         self.headers = names;
         self
     }
@@ -126,6 +154,15 @@ impl FingerprintScheme {
             headers: self.headers.iter().map(|name| Cow::Borrowed(*name)).collect(),
         }
         .fingerprint(scheme, digester, subject)
+    }
+}
+
+#[track_caller]
+const fn assert_paths(paths: &[&str]) {
+    let mut rest = paths;
+    while let [path, others @ ..] = rest {
+        assert!(is_field_path(path), "FingerprintScheme: a name in a path is empty");
+        rest = others;
     }
 }
 

@@ -65,7 +65,7 @@ impl Idempotency {
         let (mut scopes, mut values) = (Values::new(), Values::new());
         scope.write(&mut scopes);
         value.write(&mut values);
-        let values = anchor.canonical(&values, shared.limits.key_length)?;
+        let values = anchor.checked(&values, shared.limits.key_length)?;
         let valid_for =
             anchor.options.ttl.or(shared.options.ttl).unwrap_or(crate::policy::DEFAULT_TTL);
         let bytes = serde_json::to_vec(&payload).map_err(IssueError::Payload)?;

@@ -252,7 +252,9 @@ fn canonical_number(text: &str) -> String {
         return text.to_owned();
     };
     match usize::try_from(exponent) {
-        Ok(zeros) if trimmed.len() + zeros <= 40 => format!("{sign}{trimmed}{}", "0".repeat(zeros)),
+        Ok(zeros) if trimmed.len().saturating_add(zeros) <= 40 => {
+            format!("{sign}{trimmed}{}", "0".repeat(zeros))
+        }
         _ => format!("{sign}{trimmed}e{exponent}"),
     }
 }
@@ -473,6 +475,21 @@ mod tests {
             }
         }
         assert_eq!(canonical_number("120"), "120");
+    }
+
+    /// Whoever can send a body can send any exponent.
+    #[test]
+    fn no_exponent_is_too_large_to_be_compared() {
+        let exponents = [u64::MAX as u128 - 1, u64::MAX as u128, u64::MAX as u128 + 1, u128::MAX];
+        for exponent in exponents {
+            for text in [format!("1e{exponent}"), format!("120.5e{exponent}")] {
+                assert!(canonical_number(&text).len() < 60, "{text}");
+                assert_ne!(canonical_number(&text), canonical_number(&format!("-{text}")));
+                let _ = canonical_number(&text.replace('e', "e-"));
+            }
+        }
+        let (a, b) = (u64::MAX as u128, u64::MAX as u128 - 1);
+        assert_eq!(canonical_number(&format!("1e{a}")), canonical_number(&format!("10e{b}")));
     }
 
     fn digest(body: &str) -> [u8; 32] {

@@ -232,7 +232,8 @@ fn take_bytes<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
 /// The operation that a request asks for: method, matched route, decoded parameter values.
 ///
 /// The names of the route's parameters are erased, so that renaming `{id}` changes no key; their
-/// values are percent-decoded, so that two spellings of one path are one operation.
+/// values are percent-decoded, so that two spellings of one path are one operation. A value that is
+/// the key, too, stands here as it stands there: in the spelling of the anchor's format.
 #[derive(Clone, Debug)]
 pub(crate) struct Endpoint {
     parts: Values,

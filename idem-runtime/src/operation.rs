@@ -27,9 +27,20 @@ use crate::{
 /// release and takeover. In a handler that is not protected (no `#[idempotent]`, an optional key
 /// that is absent, a mode or an outage that lets it run) each request is an operation of its own.
 ///
-/// It is filled when the claim is granted: ask it in the handler's body, not in an extractor.
+/// It is filled when the claim is granted: ask it in the handler's body. Before that, in an
+/// extractor or a layer, it answers as for a handler that is not protected, with an id that is
+/// nobody else's.
 #[derive(Clone, Default)]
-pub struct Operation(Arc<OnceLock<Arc<Attempt>>>);
+pub struct Operation(Arc<Known>);
+
+/// What is known of an operation, shared by the request's extensions, its handler and the engine.
+#[derive(Default)]
+struct Known {
+    /// The attempt whose claim was granted: it counts from then on.
+    granted: OnceLock<Arc<Attempt>>,
+    /// What was made up for whoever asked without a claim, or before it.
+    unprotected: OnceLock<Arc<Attempt>>,
+}
 
 impl Operation {
     /// The identity of the operation, the same for all its attempts.
@@ -142,14 +153,17 @@ impl Operation {
     }
 
     fn get(&self) -> &Arc<Attempt> {
-        self.0.get_or_init(|| Attempt::new(OperationId::random(), 1, None))
+        let made_up = || Attempt::new(OperationId::random(), 1, None);
+        self.0.granted.get().unwrap_or_else(|| self.0.unprotected.get_or_init(made_up))
     }
 
-    /// Says which attempt the handler works on. Whoever asked before the claim was granted has an
-    /// id of its own already and keeps it.
+    /// Says which attempt the handler works on.
     pub(crate) fn grant(&self, attempt: &Arc<Attempt>) {
-        if self.0.set(Arc::clone(attempt)).is_err() {
-            tracing::error!("an extractor asked for the operation before the claim was granted");
+        if self.0.unprotected.get().is_some() {
+            tracing::warn!("somebody asked for the operation before its claim was granted");
+        }
+        if self.0.granted.set(Arc::clone(attempt)).is_err() {
+            tracing::error!("two claims were granted to one request");
         }
     }
 }
@@ -157,7 +171,7 @@ impl Operation {
 impl fmt::Debug for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Operation");
-        if let Some(attempt) = self.0.get() {
+        if let Some(attempt) = self.0.granted.get().or(self.0.unprotected.get()) {
             shown.field("id", &attempt.id).field("attempt", &attempt.number);
         }
         shown.finish()
@@ -313,6 +327,17 @@ mod tests {
         let key = operation.derive("psp");
         assert_eq!(key.to_string(), "abc07c76-d767-5510-a4c0-d18621aba31b");
         assert_eq!(key.short(), "q8B8dtdnVRCkwNGGIaujGw");
+        assert_eq!(operation.attempt(), 2);
+    }
+
+    /// Otherwise each attempt would call its provider under another key.
+    #[test]
+    fn what_was_asked_too_early_does_not_count_once_the_claim_is_granted() {
+        let operation = Operation::default();
+        let early = operation.id();
+        operation.grant(&Attempt::new(OperationId::from_bytes([7; 16]), 2, None));
+        assert_ne!(operation.id(), early);
+        assert_eq!(operation.id(), OperationId::from_bytes([7; 16]));
         assert_eq!(operation.attempt(), 2);
     }
 

@@ -40,8 +40,13 @@ impl Policy {
     }
 
     /// Checks each value of the anchor and brings it into one canonical form.
+    ///
+    /// # Panics
+    ///
+    /// In a constant: does not compile when it is [`Format::Hex`] of no bytes.
+    #[track_caller]
     pub const fn format(mut self, format: Format) -> Self {
-        self.anchor.format = Some(format);
+        self.anchor = self.anchor.format(format);
         self
     }
 }
@@ -154,7 +159,13 @@ macro_rules! shared_options {
 
             /// Within what a key is unique: handlers that name the same space share their keys.
             /// Default: each operation is a space of its own.
+            ///
+            /// # Panics
+            ///
+            /// When the name is empty. In a constant, that does not compile.
+            #[track_caller]
             pub $($constness)? fn space(mut self, name: &'static str) -> Self {
+                assert!(!name.is_empty(), "space: the name is empty");
                 self.options.space = Some(name);
                 self
             }
@@ -214,8 +225,8 @@ macro_rules! shared_options {
                 self
             }
 
-            /// What becomes of a request while the store cannot be reached. Default: it is refused
-            /// and does not run.
+            /// What becomes of a request while the store cannot be asked. Default: it is refused and
+            /// does not run.
             pub $($constness)? fn store_outage(mut self, outage: StoreOutage) -> Self {
                 self.options.store_outage = Some(outage);
                 self
@@ -341,6 +352,9 @@ impl Resolved {
 /// What is not recorded is either *nothing happened* (a 4xx: the key is free again and the next
 /// request with it starts afresh) or an *unknown outcome* (a 5xx, a 408, a panic: the claim is
 /// released, and a retry runs under the same operation id).
+///
+/// A 4xx of a later attempt says nothing of what an earlier one did: it releases the claim too, so
+/// that only the same request may be tried again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Recording {
@@ -390,13 +404,17 @@ pub enum Mode {
     Off,
 }
 
-/// What becomes of a request while the store cannot be asked.
+/// What becomes of a request while the store cannot be asked: it cannot be reached, does not answer
+/// in time, or refuses the call.
+///
+/// A store that answers is no outage: when it is full, or has a record that cannot be read, the
+/// request is refused whatever is said here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreOutage {
     /// It is refused: nothing runs without protection.
     #[default]
     Closed,
-    /// It runs without protection.
+    /// It runs without protection: its retry, or a duplicate, may run it again.
     Open,
 }

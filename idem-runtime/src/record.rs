@@ -86,8 +86,8 @@ impl Flags {
 /// that it carries, whatever the handler's policy has become since.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Fingerprint {
-    /// The scheme's text, as [`FingerprintScheme`](crate::FingerprintScheme) prints it. At most
-    /// 1,024 bytes.
+    /// The scheme's text, as [`FingerprintScheme`](crate::FingerprintScheme) prints it: as long as
+    /// the paths and headers that the application named.
     pub scheme: Cow<'static, str>,
     /// The digest under that scheme.
     pub digest: [u8; 32],

@@ -9,8 +9,10 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::{HeaderMap, HeaderValue};
 use http_body::Frame;
-use http_body_util::{BodyExt, StreamBody};
-use idem_runtime::{Anchor, FingerprintScheme, Outcome, Policy, Recording, RefusalKind};
+use http_body_util::{BodyExt, Limited, StreamBody};
+use idem_runtime::{
+    Anchor, FingerprintScheme, IdempotentExt, Outcome, Policy, Recording, RefusalKind,
+};
 use tests::{
     on_both_stores,
     server::{Effects, Gate, Server, send},
@@ -31,6 +33,7 @@ on_both_stores! {
     an_empty_response_is_an_answer,
     a_request_of_the_limit_runs_and_one_byte_more_claims_nothing,
     a_request_without_a_length_is_bounded_as_well,
+    a_request_beyond_a_layers_limit_claims_nothing,
     the_pieces_in_which_a_request_arrives_do_not_count,
     a_request_with_trailers_runs,
     a_request_that_breaks_off_claims_nothing,
@@ -216,6 +219,21 @@ async fn a_request_without_a_length_is_bounded_as_well(bench: Bench) {
     assert_eq!((bench.effects.count(), bench.store.claims().len()), (0, 0));
     send(chunked(LIMIT)).await.assert_is(200, "1 of 100", false);
     send(chunked(LIMIT)).await.assert_is(200, "1 of 100", true);
+}
+
+async fn a_request_beyond_a_layers_limit_claims_nothing(bench: Bench) {
+    let limited = |request: http::Request<Body>| async {
+        request.map(|body| Body::new(Limited::new(body, LIMIT)))
+    };
+    let routes = axum::Router::new()
+        .route("/", axum::routing::post(bench.numbered().idempotent(KEY)))
+        .layer(axum::middleware::map_request(limited))
+        .with_state(bench.engine().build());
+    let server = Server::start(routes).await;
+    send(server.post("/", "k", &"x".repeat(LIMIT))).await.assert_is(200, "effect 1", false);
+    let beyond = send(server.post("/", "other", &"x".repeat(LIMIT + 1))).await;
+    beyond.assert_refused(413, "body_too_large");
+    assert_eq!(bench.store.claims().len(), 1);
 }
 
 async fn the_pieces_in_which_a_request_arrives_do_not_count(bench: Bench) {

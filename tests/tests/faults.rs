@@ -73,12 +73,13 @@ async fn a_store_that_fails_at_the_claim_refuses_and_runs_nothing(ground: Ground
 }
 
 async fn a_store_that_fails_at_the_claim_lets_run_what_the_policy_says(ground: Ground) {
-    for kind in [Unreachable, TimedOut, Refused, Full, Newer, Corrupt] {
+    for kind in [Unreachable, TimedOut, Refused, Full, TooLarge, Newer, Corrupt] {
         let (shop, faults) = Shop::with(&ground, |engine| engine.store_outage(StoreOutage::Open));
         faults.always(Call::Claim, Fault::Fail(kind));
         let answer = shop.pay(&format!("{kind:?}"), "201").await;
-        // What cannot be read may say that it was done.
-        let runs = !matches!(kind, Newer | Corrupt);
+        // A store that answers is not out: what cannot be read may say that it was done, and what is
+        // full stays full.
+        let runs = matches!(kind, Unreachable | TimedOut | Refused);
         assert_eq!(answer.status, if runs { 201 } else { 503 }, "{kind:?}");
         assert_eq!(shop.effects.count(), usize::from(runs), "{kind:?}");
         assert_eq!(shop.told(Outcome::Unprotected), usize::from(runs), "{kind:?}");

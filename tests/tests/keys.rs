@@ -8,8 +8,8 @@ use axum::{
     routing::post,
 };
 use idem_runtime::{
-    Anchor, AnchorError, AnchorRequest, Format, Idempotency, IdempotentExt, Outcome, Policy,
-    RefusalKind, Values, idempotent,
+    Anchor, AnchorError, AnchorRequest, FingerprintScheme, Format, Idempotency, IdempotentExt,
+    Outcome, Policy, RefusalKind, Scope, Values, idempotent, store::MemoryStore,
 };
 use serde_json::{Value, json};
 use tests::{
@@ -35,6 +35,7 @@ on_both_stores! {
     a_scalar_is_a_key_by_its_text,
     what_is_no_scalar_is_no_key,
     parameters_of_path_and_query_are_keys_decoded,
+    a_formatted_parameter_is_one_key_in_all_its_spellings,
     several_anchors_are_one_key_and_their_values_do_not_run_together,
     an_argument_of_the_handler_is_a_key,
     code_of_the_applications_makes_a_key,
@@ -219,8 +220,7 @@ async fn a_body_field_is_found_by_name_by_pointer_and_in_forms(bench: Bench) {
 }
 
 async fn a_scalar_is_a_key_by_its_text(bench: Bench) {
-    let policy =
-        Policy::new(Anchor::body_field("id")).fingerprint(idem_runtime::FingerprintScheme::none());
+    let policy = Policy::new(Anchor::body_field("id")).fingerprint(FingerprintScheme::none());
     let server = bench.serve(policy, bench.numbered()).await;
     let same: [&[&str]; 6] = [
         &["7", "7.0", "\"7\"", "70e-1"],
@@ -284,6 +284,58 @@ async fn parameters_of_path_and_query_are_keys_decoded(bench: Bench) {
     send("/query?id=").await.assert_refused(400, "key_malformed");
     send("/query").await.assert_refused(400, "key_missing");
     assert_eq!(bench.effects.count(), 3);
+}
+
+async fn a_formatted_parameter_is_one_key_in_all_its_spellings(bench: Bench) {
+    const ID: Anchor = Anchor::path("id").format(Format::Uuid);
+    const BOTH: Anchor = Anchor::all(&[ID, Anchor::path("line")]);
+    let uuid = "8e03978e-40d5-43e8-bc93-6894a57f9324";
+    let spellings =
+        [uuid, "8E03978E-40D5-43E8-BC93-6894A57F9324", "8e03978e40d543e8bc936894a57f9324"];
+    let route = |policy: Policy| post(bench.numbered().idempotent(policy));
+    let app = Router::new()
+        .route("/alone/{id}", route(ID.into()))
+        // The operation is in the fingerprint here, and not in the key.
+        .route("/shared/{id}", route(Policy::new(ID).space("intents")))
+        .route("/both/{id}/{line}", route(BOTH.into()))
+        .route("/other/{id}", route(KEY.into()));
+    let server = Server::start(app.with_state(bench.engine().build())).await;
+    for (count, (prefix, rest)) in
+        [("/alone", ""), ("/shared", ""), ("/both", "/A"), ("/both", "/a")].iter().enumerate()
+    {
+        for (i, spelling) in spellings.iter().enumerate() {
+            let path = format!("{prefix}/{spelling}{rest}");
+            let answer = send(server.post_without_key(&path, "")).await;
+            answer.assert_is(200, &format!("effect {}", count + 1), i > 0);
+        }
+    }
+    // Where the parameter is no key, it is as it was sent.
+    for (i, spelling) in spellings.iter().enumerate() {
+        let answer = send(server.post(&format!("/other/{spelling}"), "k", "")).await;
+        answer.assert_is(200, &format!("effect {}", i + 5), false);
+    }
+    send(server.post_without_key("/alone/8e03978e", "")).await.assert_refused(400, "key_malformed");
+}
+
+#[test]
+fn names_that_cannot_be_are_refused_where_they_are_said() {
+    let mistakes: [fn(); 12] = [
+        || _ = Anchor::path(""),
+        || _ = Anchor::query(""),
+        || _ = Scope::path(""),
+        || _ = Scope::query(""),
+        || _ = KEY.space(""),
+        || _ = Policy::new(KEY).space(""),
+        || _ = Idempotency::builder(MemoryStore::new()).space(""),
+        || _ = Idempotency::builder(MemoryStore::new()).secret(""),
+        || _ = Policy::new(KEY).format(Format::Hex(0)),
+        || _ = FingerprintScheme::body_fields(&["a", "b..c"]),
+        || _ = FingerprintScheme::request().headers(&["X-A", "X B"]),
+        || _ = FingerprintScheme::request().headers(&["X-A"]).headers(&["X-B"]),
+    ];
+    for (i, mistake) in mistakes.into_iter().enumerate() {
+        assert!(std::panic::catch_unwind(mistake).is_err(), "{i}");
+    }
 }
 
 async fn several_anchors_are_one_key_and_their_values_do_not_run_together(bench: Bench) {

@@ -6,12 +6,9 @@
     reason = "the README's code is an application's, which nobody depends on"
 )]
 
-use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
 };
 
 use tests::server::{Server, send};
@@ -61,6 +58,15 @@ async fn the_readme_does_what_it_says() {
     assert_eq!(pay("k-2", r#"{"to":"bob","amount":7}"#).await.status, 201);
     assert_eq!(provider.charged.lock().unwrap().len(), 2, "one charge for each key");
     server.stop().await;
+}
+
+#[tokio::test]
+async fn a_server_stops_when_nothing_is_left() {
+    let store = idem_runtime::store::MemoryStore::new();
+    let idem = Idempotency::builder(store).scope(Scope::header("X-API-Key")).build();
+    let app = routes(App { idem: idem.clone(), provider: Provider::default() });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    serve(listener, app, idem, async {}).await.unwrap();
 }
 
 #[tokio::test]

@@ -31,8 +31,12 @@ pub(crate) enum OnUnknown {
 
 pub(crate) enum Format {
     Uuid,
+    /// So many bytes.
     Hex(u16),
-    Text { min: u16, max: u16 },
+    Text {
+        min: u16,
+        max: u16,
+    },
     Constant(ExprPath),
 }
 
@@ -290,7 +294,7 @@ pub(crate) fn format(term: &Term) -> Result<Format> {
         ("hex", Some(call)) => hex(call),
         ("text", Some(call)) => text(call),
         ("uuid", Some(_)) => error(term, "`uuid` takes no parentheses"),
-        ("hex", None) => error(term, "`hex` takes the number of digits, as in `hex(32)`"),
+        ("hex", None) => error(term, HEX),
         ("text", None) => error(term, "`text` takes the allowed lengths, as in `text(1..=64)`"),
         (wrong, _) => {
             let hint = did_you_mean(wrong, &NAMES);
@@ -299,13 +303,16 @@ pub(crate) fn format(term: &Term) -> Result<Format> {
     }
 }
 
+const HEX: &str =
+    "`hex` takes the number of bytes, each of them two digits: `hex(32)` is 64 digits";
+
 fn hex(call: &Call) -> Result<Format> {
-    let [Term::Literal(Lit::Int(digits))] = &call.inside[..] else {
-        return error(call, "`hex(..)` takes the number of digits, as in `hex(32)`");
+    let [Term::Literal(Lit::Int(bytes))] = &call.inside[..] else {
+        return error(call, HEX);
     };
-    match length(digits)? {
-        0 => error(digits, "a key of no digits is no key: `hex(..)` takes at least 1"),
-        digits => Ok(Format::Hex(digits)),
+    match length(bytes)? {
+        0 => error(bytes, "a key of no bytes is no key: `hex(..)` takes at least 1"),
+        bytes => Ok(Format::Hex(bytes)),
     }
 }
 

@@ -86,9 +86,9 @@ fn format(format: &Format, p: &TokenStream) -> TokenStream {
     let here = Span::mixed_site();
     let format = match format {
         Format::Uuid => quote_spanned!(here=> #p::Format::Uuid),
-        Format::Hex(digits) => {
-            let digits = number((*digits).into());
-            quote_spanned!(here=> #p::Format::Hex(#digits))
+        Format::Hex(bytes) => {
+            let bytes = number((*bytes).into());
+            quote_spanned!(here=> #p::Format::Hex(#bytes))
         }
         Format::Text { min, max } => {
             let (min, max) = (number((*min).into()), number((*max).into()));

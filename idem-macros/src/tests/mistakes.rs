@@ -174,7 +174,7 @@ fn formats_have_lengths() {
     };
     format("uid", "uid", "did you mean `uuid`?");
     format("uuid()", "uuid()", "takes no parentheses");
-    format("hex", "hex", "as in `hex(32)`");
+    format("hex", "hex", "number of bytes, each of them two digits");
     format("hex(0)", "0", "at least 1");
     format("hex(99999)", "99999", "from 1 to 65535");
     format("text(5..=2)", "2", "at least 5 and at most 2");

@@ -1,6 +1,7 @@
 //! Bodies: buffered up to a bound, and still whole for whoever reads on beyond it.
 
 use std::{
+    error::Error as _,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -10,7 +11,7 @@ use axum::{Error, body::Body};
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, LengthLimitError};
 use tokio::time::{Instant, timeout_at};
 
 /// A body after it was read up to a bound.
@@ -43,7 +44,11 @@ pub(super) async fn buffer(mut body: Body, limit: usize, time: Duration) -> Buff
         let data = match timeout_at(deadline, body.frame()).await {
             Err(_) => break (None, Bound::Time),
             Ok(None) => return Buffered::Whole(read.finish(), None),
-            Ok(Some(Err(error))) => break (Some(Err(error)), Bound::Broken),
+            Ok(Some(Err(error))) => {
+                let bound =
+                    if is_beyond_a_layers_limit(&error) { Bound::Size } else { Bound::Broken };
+                break (Some(Err(error)), bound);
+            }
             Ok(Some(Ok(frame))) => match frame.into_data() {
                 Ok(data) => data,
                 Err(frame) => return Buffered::Whole(read.finish(), frame.into_trailers().ok()),
@@ -55,6 +60,18 @@ pub(super) async fn buffer(mut body: Body, limit: usize, time: Duration) -> Buff
         read.push(data);
     };
     Buffered::Beyond(Body::new(Resumed { read: read.finish(), next, rest: body }), bound)
+}
+
+/// Whether it was a layer's own limit that the body broke off at.
+fn is_beyond_a_layers_limit(error: &Error) -> bool {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if error.is::<LengthLimitError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// A body that was buffered whole, to be read again.

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::body::{Bound, Buffered, buffer, whole};
 use crate::{
-    anchor::{AnchorError, AnchorRequest, KeyRules},
+    anchor::{Anchor, AnchorError, AnchorRequest, KeyRules},
     decision::OnUnknown,
     detach::FinishAnyway,
     engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
@@ -154,7 +154,7 @@ impl Exchange {
         }
         let (mut head, body) = request.into_parts();
         let (parameters, readable) = parameters(&mut head).await;
-        let endpoint = endpoint(&head, &parameters);
+        let endpoint = endpoint(&head, &parameters, &policy.anchor);
         let body = Content::Untouched(body);
         let mut exchange = Self { shared, policy, head, body, parameters, endpoint, state };
         if !readable {
@@ -697,12 +697,13 @@ async fn parameters(head: &mut Parts) -> (Vec<(String, String)>, bool) {
     }
 }
 
-fn endpoint(head: &Parts, parameters: &[(String, String)]) -> Endpoint {
+fn endpoint(head: &Parts, parameters: &[(String, String)], anchor: &Anchor) -> Endpoint {
     let method = head.method.as_str();
     match head.extensions.get::<MatchedPath>() {
         Some(route) => {
-            let values = parameters.iter().map(|(_, value)| value.as_str());
-            Endpoint::matched(method, route.as_str(), values)
+            let spelt: Vec<_> =
+                parameters.iter().map(|(name, value)| anchor.spelling(name, value)).collect();
+            Endpoint::matched(method, route.as_str(), spelt.iter().map(AsRef::as_ref))
         }
         None => {
             let original = head.extensions.get::<OriginalUri>();

@@ -14,7 +14,10 @@ use idem_runtime::{
     FingerprintScheme, Format, Idempotency, Operation, Refusal, idempotent,
     store::{Clock, MemoryStore},
 };
-use tests::server::{Effects, Remember, engine};
+use tests::{
+    faults::Ground,
+    server::{Effects, Remember, engine},
+};
 use tokio::sync::Notify;
 
 use crate::support::{answers_and_replays, ask, at, post, share_a_key, under, with, without_key};
@@ -370,16 +373,17 @@ async fn open(body: String) -> String {
 
 #[tokio::test]
 async fn store_outage_says_whether_to_run_without_protection() {
-    let full = || engine(MemoryStore::builder().max_records(1).build()).build();
-    let run = |app: Router| async move {
+    for (handler, status) in [(routing::post(closed), 503), (routing::post(open), 200)] {
+        let (store, faults) = Ground::memory().await.faulty();
+        let app = Router::new().route("/", handler).with_state(engine(store).build());
         answers_and_replays(&app, post("/", "a")).await;
-        let beyond: Request<String> = under("k-2", post("/", "a"));
-        (ask(&app, &beyond).await.status, ask(&app, &beyond).await.is_replay())
-    };
-    let app = Router::new().route("/", routing::post(closed)).with_state(full());
-    assert_eq!(run(app).await, (503, false));
-    let app = Router::new().route("/", routing::post(open)).with_state(full());
-    assert_eq!(run(app).await, (200, false));
+        faults.cut_off();
+        let request: Request<String> = under("k-2", post("/", "a"));
+        for _ in 0..2 {
+            let answer = ask(&app, &request).await;
+            assert_eq!((answer.status, answer.is_replay()), (status, false));
+        }
+    }
 }
 
 /// An application that re-exports idem.
