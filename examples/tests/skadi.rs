@@ -176,7 +176,8 @@ async fn the_same_key_with_another_body_is_an_idempotency_conflict_on_every_writ
 async fn a_retry_before_the_first_finishes_is_in_flight_on_every_write_endpoint() {
     for server in over_each_store(SKADI) {
         let writes = writes(&server).await;
-        server.behave(slow()).await;
+        // Time enough to begin nine and to repeat each.
+        server.behave(json!({ "latency_ms": 3_000 })).await;
         let requests = writes.iter().map(|it| keyed(&server, &it.path, &it.path, &body()));
         let requests = requests.collect::<Vec<_>>();
         let mut originals = Vec::new();

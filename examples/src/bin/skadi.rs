@@ -14,15 +14,19 @@
 //!  - An optional key, of which all writes of the API share one *space*.
 //!  - Refusals in the API's own words: `idempotency-conflict` and `in_flight`.
 //!
-//! Where the document is silent: `X-Timestamp` is in Unix seconds, and may be five minutes off;
-//! `X-Signature` is the HMAC-SHA-256, in hexadecimal digits, of the timestamp as it is sent and
-//! then the body, under the API key's secret; reads are signed like writes. A principal's budget is
-//! 30 requests and one more every two seconds; reads cost nothing. Only binding is by key: a quote
-//! commits nobody, and asking for it twice makes two. The window begins with the first answer, and
-//! a replay does not prolong it. All that the server decided is replayed, refusals of its own
-//! included (`Recording::Final`); but a request that is turned away before it begins, by its
-//! signature, its budget or a body that cannot be read, uses no key up. After a 5xx the same key
-//! runs again.
+//! Where the document is silent:
+//!
+//!  - `X-Timestamp` is in Unix seconds, and may be five minutes off. `X-Signature` is the
+//!    HMAC-SHA-256, in hexadecimal digits, of the timestamp as it is sent and then the body, under
+//!    the API key's secret. Reads are signed like writes.
+//!  - A principal's budget is 30 requests, and one more every two seconds. Reads cost nothing of
+//!    it.
+//!  - Of the two steps only binding takes a key: a quote commits nobody, and asking twice makes two.
+//!    A quote is bound once, with a key or without.
+//!  - The window begins with the first answer, and a replay does not prolong it.
+//!  - All that the server decided is replayed, refusals of its own included (`Recording::Final`).
+//!    A request that is turned away before it begins, by its signature, its budget or a body that
+//!    cannot be read, uses no key up. After a 5xx the same key runs again.
 //!
 //! `/_sign` is no part of the API: it signs for you, so that the lines below can be typed. Whatever
 //! body it is sent, it answers with the three headers to send with it.
@@ -104,7 +108,7 @@ const PRINCIPAL: Scope = Scope::custom(|request| {
 const WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How many requests a principal has at once, and how soon it has another one.
-const BUDGET: NonZeroU32 = NonZeroU32::new(30).unwrap();
+const BUDGET: u32 = 30;
 const REFILL: Duration = Duration::from_secs(2);
 
 /// How far a client's clock may be off. Not a time of the API's, so never scaled.
@@ -503,11 +507,12 @@ async fn run(switches: Switches) -> examples::Result<()> {
         .record(Recording::Final)
         .refusals(refusals)
         .build();
-    let refill = Quota::with_period(switches.scaled(REFILL)).ok_or("no time to refill a budget")?;
+    let refill = Quota::with_period(switches.scaled(REFILL)).zip(NonZeroU32::new(BUDGET));
+    let (refill, burst) = refill.ok_or("a budget of nothing")?;
     let app = App {
         idem: engine.clone(),
         carrier: Downstream::default(),
-        budgets: Arc::new(RateLimiter::keyed(refill.allow_burst(BUDGET))),
+        budgets: Arc::new(RateLimiter::keyed(refill.allow_burst(burst))),
         objects: Arc::default(),
     };
     app.keep(Object {
