@@ -28,7 +28,7 @@ use crate::{
     leases::Leases,
     observer::{Event, Observer, Outcome, Tracing},
     operation::{Attempt, Journal},
-    policy::{Options, Resolved},
+    policy::{Mode, Options, Resolved, StoreOutage},
     record::{FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl},
     refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals},
     store::{
@@ -705,6 +705,7 @@ impl Shared {
             lease,
             operation: Arc::clone(&claim.operation),
             fingerprint: claim.fingerprint.clone(),
+            enforced: call.policy.mode == Mode::Enforce,
             attempt,
         })
     }
@@ -727,7 +728,7 @@ impl Shared {
             operation_id: refusal.operation_id(),
             attempt: None,
             error,
-            enforced: call.policy.mode == crate::policy::Mode::Enforce,
+            enforced: call.policy.mode == Mode::Enforce,
         });
         Admission::Refuse(refusal)
     }
@@ -747,8 +748,8 @@ impl Shared {
         // A store that answers is not out: a record that cannot be read may be a completed one, and
         // a store that is full is full until somebody acts. To run everything without protection
         // meanwhile is what idem exists to prevent.
-        let open = call.policy.store_outage == crate::policy::StoreOutage::Open
-            && kind == RefusalKind::StoreUnavailable;
+        let open =
+            call.policy.store_outage == StoreOutage::Open && kind == RefusalKind::StoreUnavailable;
         if open {
             self.tell(&call.operation, None, Outcome::Unprotected, Some(error));
             return Admission::Unprotected;
@@ -829,6 +830,7 @@ pub(crate) struct Run {
     lease: Duration,
     operation: Arc<str>,
     fingerprint: Fingerprint,
+    enforced: bool,
     pub(crate) attempt: Arc<Attempt>,
 }
 
@@ -863,6 +865,7 @@ impl Run {
     pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
         let shared = Arc::clone(&self.held.shared);
         let (operation, attempt) = (Arc::clone(&self.operation), Arc::clone(&self.attempt));
+        let enforced = self.enforced;
         // That nothing happened now says nothing of what an earlier attempt did: its operation id
         // must be there for the next one.
         let end = match end {
@@ -882,6 +885,11 @@ impl Run {
                 shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));
                 (Ended::Own, Outcome::RecordDelayed, None)
             }
+        };
+        // Where idem only observes, the owner's own response is sent all the same.
+        let outcome = match &ended {
+            Ended::Theirs(..) | Ended::Lost if !enforced => Outcome::LeaseLost,
+            _ => outcome,
         };
         shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
         (ended, outcome)
