@@ -209,6 +209,14 @@ impl Values {
     }
 }
 
+impl<T: AsRef<[u8]>> FromIterator<T> for Values {
+    fn from_iter<I: IntoIterator<Item = T>>(values: I) -> Self {
+        let mut list = Self::new();
+        values.into_iter().for_each(|value| list.push(value));
+        list
+    }
+}
+
 /// Values are credentials and keys: only their number is shown.
 impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -37,6 +37,7 @@
 #[doc(hidden)]
 pub mod __private;
 mod anchor;
+mod builder;
 mod decision;
 mod detach;
 mod engine;
@@ -66,8 +67,9 @@ pub use crate::http::{
     IdempotentArguments, IdempotentExt, MissingEngine, REPLAYED, assert_handler,
 };
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};
+pub use builder::{Builder, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
-pub use engine::{Builder, Idempotency, Scoped, Unscoped};
+pub use engine::Idempotency;
 pub use fingerprint::FingerprintScheme;
 pub use hooks::{Denied, Recovered, ReplayShape, RequestContext, Settle};
 pub use issue::{IssueError, Issued, IssuedError};

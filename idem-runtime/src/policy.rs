@@ -237,8 +237,8 @@ macro_rules! shared_options {
 
 shared_options! {
     Policy: const;
-    crate::engine::Builder<crate::engine::Unscoped>: ;
-    crate::engine::Builder<crate::engine::Scoped>: ;
+    crate::builder::Builder<crate::builder::Unscoped>: ;
+    crate::builder::Builder<crate::builder::Scoped>: ;
 }
 
 impl Policy {

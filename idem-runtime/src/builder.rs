@@ -1,0 +1,300 @@
+//! Building an engine: what holds for every handler that does not say otherwise.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use http::HeaderName;
+
+use crate::{
+    anchor::Scope,
+    engine::{Carry, Idempotency, Shared, closed},
+    key::Digester,
+    leases::Leases,
+    observer::{Observer, Tracing},
+    policy::Options,
+    refusal::{ProblemDocuments, Refusals},
+    store::Store,
+    waits::Waits,
+};
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) request_body: usize,
+    pub(crate) response_body: usize,
+    pub(crate) response_time: Duration,
+    pub(crate) key_length: usize,
+    pub(crate) store_timeout: Duration,
+    pub(crate) record_wait: Duration,
+    pub(crate) detached: usize,
+    pub(crate) sweep_interval: Duration,
+    pub(crate) remember_expired: Duration,
+}
+
+impl Limits {
+    const DEFAULT: Self = Self {
+        request_body: 2 * 1024 * 1024,
+        response_body: 1024 * 1024,
+        response_time: Duration::from_secs(10),
+        key_length: 255,
+        store_timeout: Duration::from_secs(5),
+        record_wait: Duration::from_secs(2),
+        detached: 1_024,
+        sweep_interval: Duration::from_secs(60),
+        remember_expired: Duration::from_secs(24 * 60 * 60),
+    };
+}
+
+/// A builder whose scope was not said yet: it cannot build.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Unscoped;
+
+/// A builder whose scope was said.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoped(Scope);
+
+/// Builds an engine; [`Idempotency::builder`] starts one.
+///
+/// What is said here holds for every handler that does not say otherwise.
+#[must_use = "an engine is made by `build`"]
+pub struct Builder<S> {
+    store: Arc<dyn Store>,
+    scope: S,
+    pub(crate) options: Options,
+    digester: Digester,
+    limits: Limits,
+    observer: Arc<dyn Observer>,
+    refusals: Arc<dyn Refusals>,
+    documentation: Option<Arc<str>>,
+    left_out: Vec<HeaderName>,
+    carry: Option<Carry>,
+}
+
+impl<S: fmt::Debug> fmt::Debug for Builder<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("store", &self.store)
+            .field("scope", &self.scope)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is never recorded unless asked for: what speaks of one connection, of one moment, or to
+/// one caller.
+const LEFT_OUT: [HeaderName; 15] = [
+    http::header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    http::header::PROXY_AUTHENTICATE,
+    http::header::PROXY_AUTHORIZATION,
+    http::header::TE,
+    http::header::TRAILER,
+    http::header::TRANSFER_ENCODING,
+    http::header::UPGRADE,
+    http::header::DATE,
+    http::header::AGE,
+    http::header::SET_COOKIE,
+    http::header::WWW_AUTHENTICATE,
+    HeaderName::from_static("authentication-info"),
+    HeaderName::from_static("server-timing"),
+];
+
+impl Idempotency {
+    /// Starts building an engine over a store.
+    pub fn builder(store: impl Store) -> Builder<Unscoped> {
+        Builder {
+            store: Arc::new(store),
+            scope: Unscoped,
+            options: Options::NONE,
+            digester: Digester::Plain,
+            limits: Limits::DEFAULT,
+            observer: Arc::new(Tracing),
+            refusals: Arc::new(ProblemDocuments),
+            documentation: None,
+            left_out: LEFT_OUT.to_vec(),
+            carry: None,
+        }
+    }
+}
+
+impl Builder<Unscoped> {
+    /// Whose keys are, where a handler does not say.
+    pub fn scope(self, scope: Scope) -> Builder<Scoped> {
+        Builder {
+            store: self.store,
+            scope: Scoped(scope),
+            options: self.options,
+            digester: self.digester,
+            limits: self.limits,
+            observer: self.observer,
+            refusals: self.refusals,
+            documentation: self.documentation,
+            left_out: self.left_out,
+            carry: self.carry,
+        }
+    }
+}
+
+impl Builder<Scoped> {
+    /// The engine.
+    pub fn build(self) -> Idempotency {
+        Idempotency {
+            shared: Arc::new(Shared {
+                store: self.store,
+                digester: self.digester,
+                options: self.options,
+                scope: self.scope.0,
+                limits: self.limits,
+                observer: self.observer,
+                refusals: self.refusals,
+                documentation: self.documentation,
+                left_out: self.left_out,
+                carry: self.carry,
+                leases: Leases::default(),
+                waits: Waits::default(),
+                background: closed(),
+                taken_back: closed(),
+                warned_of_outer_headers: AtomicBool::new(false),
+            }),
+        }
+    }
+}
+
+impl<S> Builder<S> {
+    /// Makes all digests HMACs under this secret: whoever reads the store cannot try out keys. All
+    /// processes that share the store need the same one; with another, earlier keys are not found.
+    ///
+    /// # Panics
+    ///
+    /// When it is empty, as what is read from an unset variable is: everybody knows that one.
+    #[track_caller]
+    pub fn secret(mut self, secret: impl AsRef<[u8]>) -> Self {
+        let secret = secret.as_ref();
+        assert!(!secret.is_empty(), "secret: an empty one keeps nothing secret");
+        self.digester = Digester::keyed(secret);
+        self
+    }
+
+    /// The shape of refusals. Default: problem documents (RFC 9457).
+    pub fn refusals(mut self, refusals: impl Refusals + 'static) -> Self {
+        self.refusals = Arc::new(refusals);
+        self
+    }
+
+    /// Where clients read how this API is idempotent: the `type` of problem documents, and a
+    /// `Link`.
+    pub fn documentation(mut self, url: impl Into<Arc<str>>) -> Self {
+        self.documentation = Some(url.into());
+        self
+    }
+
+    /// Who hears what became of each request. Default: `tracing`.
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.observer = Arc::new(observer);
+        self
+    }
+
+    /// Leaves more headers out of recorded answers than the default list: what is hop-by-hop
+    /// (`Connection` and what it names, `Keep-Alive`, `Proxy-*`, `TE`, `Trailer`,
+    /// `Transfer-Encoding`, `Upgrade`), `Date`, `Age`, `Set-Cookie`, `WWW-Authenticate`,
+    /// `Authentication-Info` and `Server-Timing`.
+    pub fn leave_out(mut self, headers: impl IntoIterator<Item = HeaderName>) -> Self {
+        self.left_out.extend(headers);
+        self
+    }
+
+    /// Records a header although it is on the default list. Think twice about `Set-Cookie`.
+    pub fn keep(mut self, header: &HeaderName) -> Self {
+        self.left_out.retain(|name| name != header);
+        self
+    }
+
+    /// The largest request body in bytes that is buffered; a larger one is refused with 413.
+    /// Default: 2 MiB.
+    pub fn request_body_limit(mut self, bytes: usize) -> Self {
+        self.limits.request_body = bytes;
+        self
+    }
+
+    /// The largest response body in bytes that is recorded; of a larger one only the fact is.
+    /// Default: 1 MiB.
+    pub fn response_body_limit(mut self, bytes: usize) -> Self {
+        self.limits.response_body = bytes;
+        self
+    }
+
+    /// How long a response body may take to be complete; of a slower one only the fact is recorded,
+    /// and the rest is streamed. Default: 10 seconds.
+    pub fn response_time_limit(mut self, time: Duration) -> Self {
+        self.limits.response_time = time;
+        self
+    }
+
+    /// The longest key in characters, where no format says otherwise. Default: 255.
+    pub fn key_length(mut self, characters: usize) -> Self {
+        self.limits.key_length = characters.max(1);
+        self
+    }
+
+    /// How long a single call of the store may take. Default: 5 seconds.
+    pub fn store_timeout(mut self, time: Duration) -> Self {
+        self.limits.store_timeout = time;
+        self
+    }
+
+    /// How long a reply waits for its record; after that it goes out, and recording goes on in the
+    /// background. Default: 2 seconds.
+    pub fn record_wait(mut self, time: Duration) -> Self {
+        self.limits.record_wait = time;
+        self
+    }
+
+    /// How many handlers whose clients hung up may be running, and answers waiting to be recorded,
+    /// before new requests are refused with 503 `busy`, replays included. Default: 1,024.
+    pub fn detached_limit(mut self, at_most: usize) -> Self {
+        self.limits.detached = at_most;
+        self
+    }
+
+    /// How often records that are over are removed. It only frees space. Default: each minute.
+    pub fn sweep_interval(mut self, interval: Duration) -> Self {
+        self.limits.sweep_interval = interval.max(Duration::from_millis(10));
+        self
+    }
+
+    /// For how long an issued key is known after its validity, so that it is refused as expired and
+    /// not as unknown. Default: 24 hours.
+    pub fn remember_expired(mut self, time: Duration) -> Self {
+        self.limits.remember_expired = time;
+        self
+    }
+
+    /// Wraps the future of each handler, in the request's own task, when it starts. A handler whose
+    /// client hangs up goes on in another task: what it reads from task-locals must be carried
+    /// along.
+    ///
+    /// ```
+    /// # use idem_runtime::{Idempotency, Scope, store::MemoryStore};
+    /// tokio::task_local! { static REQUEST_ID: u64; }
+    ///
+    /// let idem = Idempotency::builder(MemoryStore::new())
+    ///     .scope(Scope::header("X-API-Key"))
+    ///     .carry(|handler| match REQUEST_ID.try_with(|id| *id) {
+    ///         Ok(id) => Box::pin(REQUEST_ID.scope(id, handler)),
+    ///         Err(_) => handler,
+    ///     })
+    ///     .build();
+    /// # let _ = idem;
+    /// ```
+    pub fn carry(
+        mut self,
+        wrap: impl Fn(BoxFuture<'static, ()>) -> BoxFuture<'static, ()> + Send + Sync + 'static,
+    ) -> Self {
+        self.carry = Some(Arc::new(wrap));
+        self
+    }
+}
