@@ -3,7 +3,7 @@
 //! await.
 //!
 //! A failing schedule is made smaller and printed with its seed: `IDEM_SEED=17 cargo test -p tests
-//! --test model` runs that one alone.
+//! --test model` runs that one alone, `IDEM_SCHEDULES=100000` so many.
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
@@ -54,6 +54,7 @@ pub(crate) fn run(
 
 /// Lets everything go on, and asks the model about it.
 fn settle(world: &World, model: &mut Model) -> Result<(), Violation> {
+    model.go_on();
     world.settle();
     world.log.take().into_iter().try_for_each(|happened| model.happened(happened))
 }
@@ -174,9 +175,11 @@ fn on_sqlite(schedule: &Schedule) -> Result<(), Violation> {
     run(schedule, Arc::new(store.with_clock(clock.clone())), clock)
 }
 
-/// The seeds to run, from the environment or the clock.
+/// The seeds to run: what the environment says, or others each time.
 fn seeds(count: u64) -> std::ops::Range<u64> {
-    match std::env::var("IDEM_SEED").ok().and_then(|seed| seed.parse().ok()) {
+    let said = |name| std::env::var(name).ok().and_then(|said| said.parse().ok());
+    let count = said("IDEM_SCHEDULES").unwrap_or(count);
+    match said("IDEM_SEED") {
         Some(seed) => seed..seed + 1,
         None => {
             let first = u64::from(rand::random::<u32>());
@@ -194,8 +197,8 @@ fn check(name: &str, count: u64, run: fn(&Schedule) -> Result<(), Violation>) {
             let small = shrink(schedule.clone(), |schedule| run(schedule).err());
             let smallest = run(&small).err();
             panic!(
-                "IDEM_SEED={seed} on {name}: {violation}\n{schedule:#?}\nmade smaller: \
-                 {smallest:?}\n{small:#?}"
+                "IDEM_SEED={seed} on {name}: {violation}\n{schedule}\nmade smaller: \
+                 {smallest:?}\n{small}"
             );
         }
     }

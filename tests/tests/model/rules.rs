@@ -74,6 +74,8 @@ struct Sent {
     asking: Asking,
     at: u64,
     expected: Expected,
+    /// For one that waits: what the table said before things went on.
+    before: Option<Expected>,
     run: Option<Token>,
     answered: bool,
     hung_up: bool,
@@ -85,6 +87,8 @@ pub(crate) struct Model {
     rules: Rules,
     /// The store's time.
     now: u64,
+    /// The processes' time, which stands still while they are suspended.
+    lived: u64,
     /// For how long everything is as it should be: nobody was suspended, the store answers.
     calm_since: u64,
     records: [Option<Record>; KEYS],
@@ -103,6 +107,7 @@ impl Model {
         Self {
             rules,
             now: 0,
+            lived: 0,
             calm_since: 0,
             records: [const { None }; KEYS],
             digests: HashMap::new(),
@@ -177,6 +182,7 @@ impl Model {
 
     pub(crate) fn second(&mut self) {
         self.now += 1;
+        self.lived += 1;
         if self.failing {
             self.disturbed();
         }
@@ -202,8 +208,9 @@ impl Model {
         let expected = self.decide(asking.key, asking.body);
         self.sent.push(Sent {
             asking,
-            at: self.now,
+            at: self.lived,
             expected,
+            before: None,
             run: None,
             answered: false,
             hung_up: false,
@@ -251,7 +258,7 @@ impl Model {
                 let recovers = self.rules.unknown == Unknown::Recover;
                 let asking = self.sent[request].asking;
                 let release = self.refusal_of(409);
-                let now = self.now;
+                let now = self.lived;
                 let run = self.run_of(request, attempt, id)?;
                 must!(recovers && attempt > 1 && !run.recover_asked, "recover was asked in vain");
                 run.recover_asked = true;
@@ -288,7 +295,7 @@ impl Model {
             }
             Happened::Finished { request } => {
                 let token = self.sent[request].run.ok_or("an end without a claim")?;
-                let (asking, now) = (self.sent[request].asking, self.now);
+                let (asking, now) = (self.sent[request].asking, self.lived);
                 let attempt = self.run(&token)?.attempt;
                 let kind = self.fate(asking.behaviour, attempt);
                 let status = match asking.behaviour {
@@ -327,7 +334,10 @@ impl Model {
         must!(!sent.dead, "request {request} runs after the crash of its process");
         let run = sent.run.and_then(|token| self.runs.get_mut(&token));
         let run = run.ok_or_else(|| format!("request {request} runs without a claim"))?;
-        must!((run.attempt, run.id) == (attempt, id), "request {request} runs as attempt {attempt}");
+        must!(
+            (run.attempt, run.id) == (attempt, id),
+            "request {request} runs as attempt {attempt}"
+        );
         Ok(run)
     }
 
@@ -368,6 +378,7 @@ impl Model {
         id: OperationId,
     ) -> Result<(), Violation> {
         let (now, issued) = (self.now, self.rules.issued);
+        let lived = self.lived;
         let request = self.sent.len().wrapping_sub(1);
         let sent = self.sent.last_mut().ok_or("a claim without a request")?;
         let (key, body) = (sent.asking.key, sent.asking.body);
@@ -376,7 +387,10 @@ impl Model {
         if sent.run != Some(token) {
             must!(sent.run.is_none(), "request {request} was granted two claims");
             let Expected::Run(number, of) = &sent.expected else {
-                return Err(format!("request {request} claimed and should get {:?}", sent.expected));
+                return Err(format!(
+                    "request {request} claimed and should get {:?}",
+                    sent.expected
+                ));
             };
             must!(*number == attempt, "request {request} is attempt {attempt} and not {number}");
             must!(of.is_none_or(|of| of == id), "the operation id of key {key} changed");
@@ -393,14 +407,13 @@ impl Model {
                 effects: 0,
                 end: None,
                 written: None,
-                finished_at: now,
+                finished_at: lived,
             };
             self.runs.insert(token, run);
         }
         let record = self.records[key].take().filter(|_| issued);
-        let (valid_until, kept_until) = record.map_or((now + TTL, now + TTL), |record| {
-            (record.valid_until, record.kept_until)
-        });
+        let (valid_until, kept_until) =
+            record.map_or((now + TTL, now + TTL), |record| (record.valid_until, record.kept_until));
         self.records[key] = Some(Record {
             state: State::Running { lease_end: 0 },
             token: Some(token),
@@ -446,15 +459,15 @@ impl Model {
                 _ => Got::Fenced,
             },
         };
-        must!(got == expected, "request {request}: {kind:?} was {got:?} and should be {expected:?}");
+        must!(
+            got == expected,
+            "request {request}: {kind:?} was {got:?} and should be {expected:?}"
+        );
         let theirs = match record.map(|record| (&record.state, record.body)) {
             Some((State::Completed(answer), body)) if body == asking.body => {
                 Answer { replayed: true, ..answer.clone() }
             }
-            _ => Answer {
-                body: String::from(r#"{"code":"lease_lost"}"#),
-                ..self.refusal_of(409)
-            },
+            _ => Answer { body: String::from(r#"{"code":"lease_lost"}"#), ..self.refusal_of(409) },
         };
         let answer = if got == Got::Fenced { theirs } else { own.clone() };
         if self.holds(&token) {
@@ -474,7 +487,8 @@ impl Model {
             }
         }
         if let Some(run) = self.runs.get_mut(&token) {
-            run.written.get_or_insert(answer);
+            // If an answer was lost the call was made again, and the last answer counts.
+            run.written = Some(answer);
         }
         Ok(())
     }
@@ -490,20 +504,7 @@ impl Model {
             (Expected::Run(..), Some(token)) => {
                 return self.own_answer(request, token, answer);
             }
-            (Expected::Wait, _) => {
-                let late = self.now >= sent.at + WAIT;
-                match self.decide(asking.key, asking.body) {
-                    Expected::Replay(answer) if !late => Expected::Replay(answer),
-                    Expected::Refusal(code) if !late => refusal(code),
-                    now => match (answer.code().as_deref(), now) {
-                        (Some("in_flight"), Expected::Wait) if !late => {
-                            return Err(format!("request {request} did not wait"));
-                        }
-                        (Some("in_flight"), _) => refusal("in_flight"),
-                        (_, now) => now,
-                    },
-                }
-            }
+            (Expected::Wait, _) => self.waited(sent, answer)?,
             (expected, _) => expected.clone(),
         };
         match &expected {
@@ -522,6 +523,42 @@ impl Model {
         }
         self.sent[request].answered = true;
         Ok(())
+    }
+
+    /// What a request may get that has waited: what the table says now or said a moment ago. It
+    /// never runs.
+    fn waited(&self, sent: &Sent, answer: &Answer) -> Result<Expected, Violation> {
+        let now = self.decide(sent.asking.key, sent.asking.body);
+        let late = self.lived >= sent.at + WAIT;
+        let in_flight = refusal("in_flight");
+        let before = sent.before.clone().unwrap_or(Expected::Wait);
+        if late && answer.code().as_deref() == Some("in_flight") {
+            return Ok(in_flight);
+        }
+        let of = |table| match table {
+            // Where nothing is left, a retry finds out why.
+            Expected::Run(..) | Expected::Refusal("unknown_key") => Some(in_flight.clone()),
+            Expected::Wait => None,
+            table => Some(table),
+        };
+        let refused = |may: &Expected| matches!(may, Expected::Refusal(code) if answer.code().as_deref() == Some(code));
+        match (of(now), of(before)) {
+            (_, Some(before)) if refused(&before) => Ok(before),
+            (Some(now), _) => Ok(now),
+            (None, Some(before)) => Ok(before),
+            (None, None) => Err("a request did not wait".to_owned()),
+        }
+    }
+
+    /// Things are about to go on.
+    pub(crate) fn go_on(&mut self) {
+        for request in 0..self.sent.len() {
+            let sent = &self.sent[request];
+            if sent.expected == Expected::Wait && !sent.answered {
+                let before = self.decide(sent.asking.key, sent.asking.body);
+                self.sent[request].before = Some(before);
+            }
+        }
     }
 
     fn failing_at(&self, request: usize) -> bool {
@@ -544,7 +581,7 @@ impl Model {
         // Without its record it goes out only after a time.
         let unrecorded = run.written.is_none();
         must!(
-            !unrecorded || self.now >= run.finished_at + 2,
+            !unrecorded || self.lived >= run.finished_at + 2,
             "request {request} was answered before its record"
         );
         let expected = run.written.clone().unwrap_or(own);
@@ -574,7 +611,7 @@ impl Model {
             let may_wait = match sent.run.and_then(|token| self.runs.get(&token)) {
                 // Its end may have been written and the acknowledgement be lost.
                 Some(run) => run.started || run.recover_asked,
-                None => sent.expected == Expected::Wait && self.now <= sent.at + WAIT,
+                None => sent.expected == Expected::Wait && self.lived <= sent.at + WAIT,
             };
             must!(may_wait, "request {request} got no answer");
         }
@@ -605,7 +642,7 @@ impl Model {
         }
         for (token, run) in &self.runs {
             let alive = self.holds(token) && !self.sent[run.request].dead;
-            let young = self.now < run.finished_at + TTL / 2;
+            let young = self.lived < run.finished_at + TTL / 2;
             let leaves_an_answer =
                 matches!(run.end, Some((EndKind::Complete | EndKind::Tombstone, _)));
             must!(!(alive && young && leaves_an_answer), "request {} unrecorded", run.request);

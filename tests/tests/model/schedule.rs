@@ -1,5 +1,7 @@
 //! What may happen, and random lists of it.
 
+use std::fmt;
+
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 
 /// How many keys there are: two of each of two tenants.
@@ -103,6 +105,14 @@ pub(crate) struct Rules {
 pub(crate) struct Schedule {
     pub(crate) rules: Rules,
     pub(crate) actions: Vec<Action>,
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:?}", self.rules)?;
+        let mut actions = self.actions.iter().enumerate();
+        actions.try_for_each(|(number, action)| writeln!(f, "{number:3} {action:?}"))
+    }
 }
 
 fn one_of<T: Copy>(rng: &mut impl Rng, choices: &[T]) -> T {

@@ -291,11 +291,12 @@ pub(crate) fn recovered(request: usize) -> String {
 
 fn policy(rules: Rules) -> (Anchor, Policy) {
     let anchor = Anchor::header("idempotency-key").space("model").ttl(Duration::from_secs(TTL));
-    let mut policy = Policy::new(anchor).lease(Duration::from_secs(LEASE)).record(match rules.records {
-        Records::Success => Recording::Success,
-        Records::Final => Recording::Final,
-        Records::All => Recording::All,
-    });
+    let mut policy =
+        Policy::new(anchor).lease(Duration::from_secs(LEASE)).record(match rules.records {
+            Records::Success => Recording::Success,
+            Records::Final => Recording::Final,
+            Records::All => Recording::All,
+        });
     policy = match rules.unknown {
         Unknown::Rerun => policy.on_unknown(OnUnknown::Rerun),
         Unknown::Refuse => policy.on_unknown(OnUnknown::Refuse),
