@@ -39,10 +39,7 @@ struct Far(MemoryStore);
 
 type Asked<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
 
-fn far<'a, T: Send>(call: Asked<'a, T>) -> Asked<'a, T>
-where
-    T: 'a,
-{
+fn far<'a, T: Send + 'a>(call: Asked<'a, T>) -> Asked<'a, T> {
     Box::pin(async move {
         yield_now().await;
         let answer = call.await;

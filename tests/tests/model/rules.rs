@@ -617,7 +617,7 @@ impl Model {
         }
         for run in self.runs.values() {
             // Renewed when a third of it has passed: by now, if nothing is in the way.
-            let steady = self.now >= self.calm_since + LEASE / 3 + 1 && !self.failing;
+            let steady = self.now > self.calm_since + LEASE / 3 && !self.failing;
             let token = self.sent[run.request].run;
             let Some(token) = token.filter(|token| steady && self.holds(token)) else { continue };
             if run.end.is_none() && run.started && !self.sent[run.request].dead {
