@@ -230,6 +230,14 @@ pub struct Faulty {
     faults: Faults,
 }
 
+impl Faulty {
+    /// Over a store of the test's own.
+    pub fn over(store: impl Store) -> (Self, Faults) {
+        let faults = Faults::default();
+        (Self { inner: Arc::new(store), faults: faults.clone() }, faults)
+    }
+}
+
 impl Store for Faulty {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
         Box::pin(self.faults.meet(Call::Claim, self.inner.claim(claim)))
