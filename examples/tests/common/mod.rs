@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each example's tests use what they need")]
 
 mod curl;
+pub(crate) mod proxy;
 
 use std::{
     io::{BufRead, BufReader},

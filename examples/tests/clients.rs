@@ -1,0 +1,292 @@
+//! The clients, through a network that fails, to servers whose downstream fails too: whatever
+//! happens, each operation happened once, and its client ended with its answer.
+//!
+//! Each run prints its seed; `IDEM_SEED=… cargo test -p examples --test clients` repeats its
+//! faults. (What the machine does meanwhile, no seed repeats.)
+
+#![cfg(test)]
+
+mod common;
+
+use std::{env, fmt::Debug, iter, sync::Arc, time::Duration};
+
+use common::{Server, failing, proxy::Network, send, sqlite};
+use examples::clients::{
+    Answer, Intent, Nora, NoraError, Patience, Pirate, PirateError, Ramp, Write,
+};
+use rand::{RngExt, SeedableRng, rngs::SmallRng};
+use reqwest::Client;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+/// So many operations at once in each run.
+const OPERATIONS: usize = 40;
+
+/// So many runs of each client, unless a seed is asked for.
+const RUNS: usize = 3;
+
+/// No run takes longer, or something hangs.
+const BOUND: Duration = Duration::from_secs(90);
+
+/// Enough for all faults, however they add up.
+const PATIENCE: Patience =
+    Patience { first: Duration::from_millis(20), longest: Duration::from_secs(2), attempts: 60 };
+
+fn seeds() -> Vec<u64> {
+    match env::var("IDEM_SEED") {
+        Ok(seed) => vec![seed.parse().expect("IDEM_SEED is a number")],
+        Err(_) => iter::repeat_with(rand::random).take(RUNS).collect(),
+    }
+}
+
+/// Runs something for each seed, all at once.
+async fn for_each_seed<F>(run: fn(u64) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut runs = JoinSet::new();
+    for seed in seeds() {
+        println!("IDEM_SEED={seed}");
+        runs.spawn(timeout(BOUND, run(seed)));
+    }
+    while let Some(run) = runs.join_next().await {
+        run.expect("no panic").expect("within its bound");
+    }
+}
+
+/// A client's connections. It waits less than the slowest answers take.
+fn http() -> Client {
+    let limit = Duration::from_millis(600);
+    Client::builder().no_proxy().timeout(limit).build().expect("a client")
+}
+
+/// A server, and the network before it.
+struct World {
+    seed: u64,
+    server: Arc<Server>,
+    network: Arc<Network>,
+    _directory: Option<TempDir>,
+}
+
+impl World {
+    /// Over each of the stores, half of the times.
+    fn new(program: &str, switches: &[&str], seed: u64) -> Self {
+        let directory = seed.is_multiple_of(2).then(|| TempDir::new().expect("a directory"));
+        let store = directory.as_ref().map_or("memory".to_owned(), |it| sqlite(it.path()));
+        let server = Arc::new(Server::start(program, &[&["--store", &store], switches].concat()));
+        let network = Network::new(&server.url, seed);
+        Self { seed, server, network, _directory: directory }
+    }
+
+    /// Runs each operation in a lane of its own, all at once; and when all is over, each again
+    /// without faults, for what must be the same answer. `effects` have happened then, and nothing
+    /// else.
+    async fn survive<O, F, E>(&self, operations: Vec<O>, run: fn(String, O) -> F, effects: Value)
+    where
+        O: Clone + Send + 'static,
+        F: Future<Output = Result<Vec<Answer>, E>> + Send + 'static,
+        E: Debug + Send + 'static,
+    {
+        let trouble = tokio::spawn(trouble(self.server.clone(), self.seed));
+        let mut lanes = Vec::new();
+        let mut running = JoinSet::new();
+        for (number, operation) in operations.iter().cloned().enumerate() {
+            let lane = self.network.lane(number as u64).await;
+            let ending = run(lane.url.clone(), operation);
+            running.spawn(async move { (number, ending.await) });
+            lanes.push(lane);
+        }
+        let mut ended = running.join_all().await;
+        ended.sort_by_key(|(number, _)| *number);
+        let failures = trouble.await.expect("no panic");
+        self.network.calm().await;
+
+        for ((number, ended), operation) in ended.into_iter().zip(operations) {
+            let about = format!("operation {number}, IDEM_SEED={}", self.seed);
+            let answers = ended.unwrap_or_else(|error| panic!("{about}: {error:?}"));
+            let again = run(self.server.url.clone(), operation).await;
+            let again = again.unwrap_or_else(|error| panic!("{about}, again: {error:?}"));
+            assert_eq!(answers, again, "{about}");
+        }
+        let happened = send(self.server.get("/_effects")).await.json();
+        assert_eq!(happened, effects, "IDEM_SEED={}", self.seed);
+        let (requests, tally) = (self.network.requests(), self.network.tally());
+        println!("IDEM_SEED={}: {requests} requests, {tally:?}", self.seed);
+        println!("and {failures} failures of the downstream");
+        let faults: u32 = tally.values().sum();
+        assert!(faults as usize >= OPERATIONS, "too easy: {tally:?}");
+    }
+}
+
+/// The downstream fails, before its effects and after them, for a while.
+async fn trouble(server: Arc<Server>, seed: u64) -> u64 {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut failures = 0;
+    for _ in 0..25 {
+        let fail = rng.random_range(0..=4);
+        let (after_effect, latency) = (rng.random::<bool>(), rng.random_range(0..60));
+        let told = json!({ "fail": fail, "after_effect": after_effect, "latency_ms": latency });
+        server.behave(told).await;
+        sleep(Duration::from_millis(rng.random_range(10..80))).await;
+        let left = send(server.get("/_downstream")).await.json()["fail"].as_u64();
+        failures += fail - left.unwrap_or_default();
+    }
+    server.behave(json!({})).await;
+    failures
+}
+
+/// Every operation is one of so many kinds, and there are equally many of each.
+const KINDS: usize = 4;
+const OF_A_KIND: usize = OPERATIONS / KINDS;
+
+mod nora {
+    use super::*;
+
+    const NORA: &str = env!("CARGO_BIN_EXE_nora");
+
+    fn client(url: &str) -> Nora {
+        Nora::new(http(), url, "acme-sandbox-1", PATIENCE)
+    }
+
+    fn id(answer: &Answer) -> String {
+        answer.json::<Value>().expect("JSON")["id"].as_str().expect("an id").to_owned()
+    }
+
+    #[derive(Clone)]
+    enum Operation {
+        Submit(Intent),
+        /// Submits an intent, and then approves its burn.
+        Burn(Intent, String),
+        /// Binds a party's wallet.
+        Bind(String, String),
+        /// Creates a party.
+        Party(String),
+    }
+
+    async fn run(url: String, operation: Operation) -> Result<Vec<Answer>, NoraError> {
+        let client = client(&url);
+        Ok(match operation {
+            Operation::Submit(intent) => vec![client.submit(&intent).await?],
+            Operation::Burn(intent, signature) => {
+                let created = client.submit(&intent).await?;
+                let approved = client.approve_burn(&id(&created), &signature).await?;
+                vec![created, approved]
+            }
+            Operation::Bind(party, wallet) => vec![client.bind_wallet(&party, &wallet).await?],
+            Operation::Party(cpf) => match client.create_party(&cpf).await {
+                // It has no key: it happens once, but its answer can be lost.
+                Ok(_) | Err(NoraError::PartyExists(_)) => Vec::new(),
+                Err(error) => return Err(error),
+            },
+        })
+    }
+
+    #[tokio::test]
+    async fn survives() {
+        for_each_seed(async |seed| {
+            let world = World::new(NORA, &[], seed);
+            let mut operations = Vec::new();
+            for n in 0..OF_A_KIND {
+                let amount = format!("{n}.50");
+                operations.push(Operation::Submit(Intent::new(Ramp::On, &*amount)));
+                operations.push(Operation::Burn(Intent::new(Ramp::Off, amount), format!("5ig{n}")));
+                let created = client(&world.server.url).create_party(&format!("1-{n}")).await;
+                let party = id(&created.expect("a party"));
+                operations.push(Operation::Bind(party, format!("wallet {n}")));
+                operations.push(Operation::Party(format!("2-{n}")));
+            }
+            let effects = json!({
+                "onramp_intents": OF_A_KIND, "offramp_intents": OF_A_KIND, "burns": OF_A_KIND,
+                "parties": 2 * OF_A_KIND, "wallet_bindings": OF_A_KIND,
+            });
+            world.survive(operations, run, effects).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn gives_up_at_once_on_what_stays_refused() {
+        let world = World::new(NORA, &[], 1);
+        let lane = world.network.honest().await;
+        let client = client(&lane.url);
+        let wrong = Intent::new(Ramp::On, "a lot");
+        assert!(matches!(client.submit(&wrong).await, Err(NoraError::Refused(_))));
+        let created = client.submit(&Intent::new(Ramp::Off, "20.00")).await.unwrap();
+        let id = id(&created);
+        world.server.behave(failing(1, 422)).await;
+        let refused = client.approve_burn(&id, "expired").await;
+        assert!(matches!(refused, Err(NoraError::BurnRefused(_))), "{refused:?}");
+        client.approve_burn(&id, "fresh").await.unwrap();
+        let second = client.approve_burn(&id, "another").await;
+        assert!(matches!(second, Err(NoraError::OtherSignature(_))), "{second:?}");
+        client.create_party("1").await.unwrap();
+        assert!(matches!(client.create_party("1").await, Err(NoraError::PartyExists(_))));
+        // Not one of them was sent twice.
+        assert_eq!(world.network.requests(), 7);
+    }
+}
+
+mod pirate {
+    use super::*;
+
+    const PIRATE: &str = env!("CARGO_BIN_EXE_pirate");
+
+    fn client(url: &str) -> Pirate {
+        Pirate::new(http(), url, "blackbeard", PATIENCE)
+    }
+
+    async fn run(url: String, write: Write) -> Result<Vec<Answer>, PirateError> {
+        Ok(vec![client(&url).send(&write).await?])
+    }
+
+    #[tokio::test]
+    async fn survives() {
+        for_each_seed(async |seed| {
+            let world = World::new(PIRATE, &[], seed);
+            let mut writes = Vec::new();
+            for n in 0..OF_A_KIND {
+                let name = format!("Doubloon {n}");
+                let pool = Write::new(
+                    "/v2/pools",
+                    &json!({ "name": name, "external_uid": n.to_string() }),
+                );
+                let made = client(&world.server.url).send(&pool).await.expect("a pool");
+                let pool = made.json::<Value>().expect("JSON")["address"].clone();
+                let path = format!("/v2/pools/{}/fee-claims", pool.as_str().expect("an address"));
+                let claim = json!({ "kind": "dbc", "payer": "WALLET_PUBKEY", "mode": "unsigned" });
+                writes.push(Write::new(path, &claim));
+                writes.push(Write::new("/v2/tokens", &json!({ "name": name, "symbol": "DBL" })));
+                let airdrop = json!({ "mint": n.to_string(), "authority": "WALLET_PUBKEY" });
+                writes.push(Write::new("/v2/airdrops", &airdrop));
+                // The same bytes, and yet another transaction each time.
+                writes.push(Write::new("/v2/transactions", &json!({ "transaction": "AQAB" })));
+            }
+            let effects = json!({
+                "pools": OF_A_KIND, "fee_claims": OF_A_KIND, "tokens": OF_A_KIND,
+                "airdrops": OF_A_KIND, "broadcasts": OF_A_KIND,
+            });
+            world.survive(writes, run, effects).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn gives_up_at_once_on_what_stays_refused() {
+        let world = World::new(PIRATE, &[], 1);
+        let lane = world.network.honest().await;
+        let client = client(&lane.url);
+        let pool = Write::new("/v2/pools", &json!({ "name": "Doubloon" }));
+        let answer = client.send(&pool).await.unwrap();
+        assert_eq!(client.send(&pool).await.unwrap(), answer);
+        let other = pool.with_body(&json!({ "name": "Florin" }));
+        assert!(matches!(client.send(&other).await, Err(PirateError::Conflict(_))));
+        let wrong = Write::new("/v2/pools", &json!({}));
+        assert!(matches!(client.send(&wrong).await, Err(PirateError::Refused(_))));
+        // Not one of them was sent twice.
+        assert_eq!(world.network.requests(), 4);
+    }
+}
