@@ -14,6 +14,7 @@ use common::{Server, failing, proxy::Network, send, sqlite};
 use examples::clients::{
     Answer, Intent, Nora, NoraError, Patience, Pirate, PirateError, Ramp, Write,
 };
+use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use reqwest::Client;
 use serde_json::{Value, json};
@@ -44,18 +45,13 @@ fn seeds() -> Vec<u64> {
 }
 
 /// Runs something for each seed, all at once.
-async fn for_each_seed<F>(run: fn(u64) -> F)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let mut runs = JoinSet::new();
-    for seed in seeds() {
+async fn for_each_seed(run: impl AsyncFn(u64)) {
+    let seeds = seeds();
+    let runs = seeds.iter().map(|seed| {
         println!("IDEM_SEED={seed}");
-        runs.spawn(timeout(BOUND, run(seed)));
-    }
-    while let Some(run) = runs.join_next().await {
-        run.expect("no panic").expect("within its bound");
-    }
+        timeout(BOUND, run(*seed))
+    });
+    assert!(join_all(runs).await.iter().all(Result::is_ok), "a run hangs");
 }
 
 /// A client's connections. It waits less than the slowest answers take.
@@ -67,7 +63,7 @@ fn http() -> Client {
 /// A server, and the network before it.
 struct World {
     seed: u64,
-    server: Arc<Server>,
+    server: Server,
     network: Arc<Network>,
     _directory: Option<TempDir>,
 }
@@ -77,7 +73,7 @@ impl World {
     fn new(program: &str, switches: &[&str], seed: u64) -> Self {
         let directory = seed.is_multiple_of(2).then(|| TempDir::new().expect("a directory"));
         let store = directory.as_ref().map_or("memory".to_owned(), |it| sqlite(it.path()));
-        let server = Arc::new(Server::start(program, &[&["--store", &store], switches].concat()));
+        let server = Server::start(program, &[&["--store", &store], switches].concat());
         let network = Network::new(&server.url, seed);
         Self { seed, server, network, _directory: directory }
     }
@@ -91,7 +87,6 @@ impl World {
         F: Future<Output = Result<Vec<Answer>, E>> + Send + 'static,
         E: Debug + Send + 'static,
     {
-        let trouble = tokio::spawn(trouble(self.server.clone(), self.seed));
         let mut lanes = Vec::new();
         let mut running = JoinSet::new();
         for (number, operation) in operations.iter().cloned().enumerate() {
@@ -100,9 +95,8 @@ impl World {
             running.spawn(async move { (number, ending.await) });
             lanes.push(lane);
         }
-        let mut ended = running.join_all().await;
+        let (failures, mut ended) = tokio::join!(self.trouble(), running.join_all());
         ended.sort_by_key(|(number, _)| *number);
-        let failures = trouble.await.expect("no panic");
         self.network.calm().await;
 
         for ((number, ended), operation) in ended.into_iter().zip(operations) {
@@ -120,23 +114,23 @@ impl World {
         let faults: u32 = tally.values().sum();
         assert!(faults as usize >= OPERATIONS, "too easy: {tally:?}");
     }
-}
 
-/// The downstream fails, before its effects and after them, for a while.
-async fn trouble(server: Arc<Server>, seed: u64) -> u64 {
-    let mut rng = SmallRng::seed_from_u64(seed);
-    let mut failures = 0;
-    for _ in 0..25 {
-        let fail = rng.random_range(0..=4);
-        let (after_effect, latency) = (rng.random::<bool>(), rng.random_range(0..60));
-        let told = json!({ "fail": fail, "after_effect": after_effect, "latency_ms": latency });
-        server.behave(told).await;
-        sleep(Duration::from_millis(rng.random_range(10..80))).await;
-        let left = send(server.get("/_downstream")).await.json()["fail"].as_u64();
-        failures += fail - left.unwrap_or_default();
+    /// The downstream fails, before its effects and after them, for a while. How often it did.
+    async fn trouble(&self) -> u64 {
+        let mut rng = SmallRng::seed_from_u64(self.seed);
+        let mut failures = 0;
+        for _ in 0..25 {
+            let fail = rng.random_range(0..=4);
+            let (after_effect, latency) = (rng.random::<bool>(), rng.random_range(0..60));
+            let told = json!({ "fail": fail, "after_effect": after_effect, "latency_ms": latency });
+            self.server.behave(told).await;
+            sleep(Duration::from_millis(rng.random_range(10..80))).await;
+            let left = send(self.server.get("/_downstream")).await.json()["fail"].as_u64();
+            failures += fail - left.unwrap_or_default();
+        }
+        self.server.behave(json!({})).await;
+        failures
     }
-    server.behave(json!({})).await;
-    failures
 }
 
 /// Every operation is one of so many kinds, and there are equally many of each.

@@ -17,7 +17,8 @@ pub(crate) type AdmitFn = fn(RequestContext) -> BoxFuture<'static, Result<(), De
 /// Finds out what became of an operation whose last attempt did not say.
 pub(crate) type RecoverFn = fn(RequestContext) -> BoxFuture<'static, Recovered>;
 
-/// A request as `admit` and `recover` functions see it: after its claim, before its handler.
+/// A request as `admit` and `recover` functions see it: after its claim, if it has a key, and
+/// before its handler.
 pub struct RequestContext {
     pub(crate) operation: Operation,
     pub(crate) head: Parts,
@@ -51,7 +52,8 @@ impl RequestContext {
         &self.head.extensions
     }
 
-    /// The whole body; empty if neither the anchor nor the fingerprint needs it.
+    /// The whole body; empty if neither the anchor nor the fingerprint needs it, or an optional key
+    /// is absent.
     pub const fn body(&self) -> &Bytes {
         &self.body
     }

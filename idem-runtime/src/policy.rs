@@ -259,7 +259,9 @@ impl Policy {
     }
 
     /// Asks this function whether a request that would run may: for quotas and rate limits, which
-    /// replays and refusals do not touch. A denied request has not happened.
+    /// replays and refusals do not touch. It is asked too where the handler runs without protection,
+    /// be it that an optional key is absent or that an outage lets it run. A denied request has not
+    /// happened.
     pub const fn admit(mut self, admit: AdmitFn) -> Self {
         self.options.admit = Some(admit);
         self

@@ -28,18 +28,23 @@ impl<'a> Shell<'a> {
         joined.lines().filter(|line| line.contains("curl ")).map(str::to_owned).collect()
     }
 
-    /// `curl …`, or `NAME=$(curl … | cut -d'"' -f4)`.
+    /// `curl …`, or `curl … | curl … -H @-`, or `NAME=$(curl … | cut -d'"' -f4)`.
     pub(crate) async fn run(&mut self, line: &str) -> Answer {
         let assigned = line.split_once("=$(").filter(|_| !line.starts_with("curl "));
-        let Some((name, command)) = assigned else { return self.curl(line).await };
+        let Some((name, command)) = assigned else {
+            let piped = line.split_once(" | curl ");
+            let Some((first, second)) = piped else { return self.curl(line, "").await };
+            let input = self.curl(first, "").await.text();
+            return self.curl(&format!("curl {second}"), &input).await;
+        };
         let command = command.strip_suffix("| cut -d'\"' -f4)").expect("it takes the first value");
-        let answer = self.curl(command.trim()).await;
+        let answer = self.curl(command.trim(), "").await;
         let value = answer.text().split('"').nth(3).expect("a value").to_owned();
         self.variables.insert(name.to_owned(), value);
         answer
     }
 
-    async fn curl(&self, line: &str) -> Answer {
+    async fn curl(&self, line: &str, input: &str) -> Answer {
         let mut words = self.words(line).into_iter();
         assert_eq!(words.next().as_deref(), Some("curl"));
         let (mut method, mut url, mut body, mut headers) = (Method::GET, None, None, Vec::new());
@@ -48,7 +53,10 @@ impl<'a> Shell<'a> {
             let word = next("the end");
             match &*word {
                 "-i" | "-s" => {}
-                "-H" => headers.push(next("-H")),
+                "-H" => match next("-H") {
+                    word if word == "@-" => headers.extend(input.lines().map(str::to_owned)),
+                    header => headers.push(header),
+                },
                 "-d" => {
                     method = Method::POST;
                     body = Some(next("-d"));

@@ -165,7 +165,7 @@ impl Exchange {
         // A key in the head that is missing or malformed is found before a body is waited for.
         let in_head = !policy.anchor.needs_body() && !policy.anchor.needs_arguments();
         if in_head && let Err(error) = exchange.values(&mut std::iter::empty()) {
-            return Opened::Unkeyed(exchange.without_key(&error));
+            return Opened::Unkeyed(exchange.without_key(&error).await);
         }
         let needs_body = policy.anchor.needs_body()
             || policy.scope.needs_body()
@@ -236,13 +236,25 @@ impl Exchange {
         Ok(values)
     }
 
-    /// A request without a usable key runs as plain axum where that is allowed.
-    fn without_key(self, error: &AnchorError) -> Unkeyed {
+    /// A request without a usable key runs as plain axum where that is allowed, if the application
+    /// admits it: leaving the key out is no way around a quota.
+    async fn without_key(mut self, error: &AnchorError) -> Unkeyed {
         if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
+            if let Err(denied) = self.admitted().await {
+                return Unkeyed::Refused(Box::new(denied));
+            }
             self.tell(Outcome::Unprotected, None);
             return Unkeyed::Unprotected(Box::new(self.into_request()));
         }
         self.refused(Refusal::of_key(error))
+    }
+
+    /// Asks the application whether a request that would run may, and otherwise for its answer.
+    async fn admitted(&mut self) -> Result<(), Response> {
+        let Some(admit) = self.policy.admit else { return Ok(()) };
+        let operation = self.head.extensions.get_or_insert_default::<Operation>().clone();
+        let context = self.context(&operation);
+        admit(context).await.map_err(|Denied(response)| response.map(Body::new))
     }
 
     /// A refusal before any look-up; where idem only observes, the request runs all the same.
@@ -282,7 +294,7 @@ impl Exchange {
             Ok(call) => call,
             Err(unusable) => {
                 let unkeyed = match unusable {
-                    Unusable::Key(error) => self.without_key(&error),
+                    Unusable::Key(error) => self.without_key(&error).await,
                     Unusable::Other(refusal) => self.refused(refusal),
                 };
                 return unkeyed.conduct(runner).await;
@@ -352,7 +364,10 @@ impl Exchange {
             }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
             Admission::Refuse(_) => plain(self.into_request(), runner).await,
-            Admission::Unprotected => unprotected(self.into_request(), runner).await,
+            Admission::Unprotected => match self.admitted().await {
+                Ok(()) => unprotected(self.into_request(), runner).await,
+                Err(denied) => denied,
+            },
         };
         Conducted::Answered(Box::new(response))
     }
@@ -371,7 +386,7 @@ impl Exchange {
     /// runs it. Everything of the application's is in here, up to the last piece of its response's
     /// body; `None` if it threw the work away.
     async fn work(
-        self: Box<Self>,
+        mut self: Box<Self>,
         run: &Run,
         operation: Operation,
         runner: Runner,
@@ -396,10 +411,8 @@ impl Exchange {
                 Recovery::NeverHappened => {}
             }
         }
-        if let Some(admit) = self.policy.admit
-            && let Err(Denied(response)) = admit(self.context(&operation)).await
-        {
-            return Some((response.map(Body::new), End::Forget));
+        if let Err(denied) = self.admitted().await {
+            return Some((denied, End::Forget));
         }
         let Self { shared, policy, mut head, body, .. } = *self;
         head.extensions.insert(operation);
