@@ -12,7 +12,8 @@ use std::{env, fmt::Debug, iter, sync::Arc, time::Duration};
 
 use common::{Server, failing, proxy::Network, send, sqlite};
 use examples::clients::{
-    Answer, Intent, Nora, NoraError, Patience, Pirate, PirateError, Ramp, Write,
+    Answer, Draft, Intent, Nora, NoraError, Patience, Pirate, PirateError, Ramp, Skadi, SkadiError,
+    Write,
 };
 use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
@@ -120,7 +121,7 @@ impl World {
         let mut rng = SmallRng::seed_from_u64(self.seed);
         let mut failures = 0;
         for _ in 0..25 {
-            let fail = rng.random_range(0..=4);
+            let fail = rng.random_range(0..=8);
             let (after_effect, latency) = (rng.random::<bool>(), rng.random_range(0..60));
             let told = json!({ "fail": fail, "after_effect": after_effect, "latency_ms": latency });
             self.server.behave(told).await;
@@ -282,5 +283,86 @@ mod pirate {
         assert!(matches!(client.send(&wrong).await, Err(PirateError::Refused(_))));
         // Not one of them was sent twice.
         assert_eq!(world.network.requests(), 4);
+    }
+}
+
+mod skadi {
+    use super::*;
+
+    const SKADI: &str = env!("CARGO_BIN_EXE_skadi");
+    const SUBMIT: &str = "/create-submission";
+
+    /// The budget fills up fast enough for a test, and slowly enough for some to be refused.
+    const SWITCHES: [&str; 2] = ["--time-scale", "100"];
+
+    fn client(url: &str) -> Skadi {
+        Skadi::new(http(), url, "harbor-1", "oak", PATIENCE)
+    }
+
+    async fn run(url: String, draft: Draft) -> Result<Vec<Answer>, SkadiError> {
+        Ok(vec![client(&url).send(&draft).await?])
+    }
+
+    async fn quote(world: &World, kind: &str) -> String {
+        let quote = Draft::quote(kind, &json!({ "policy": "P-7" }));
+        let quoted = client(&world.server.url).send(&quote).await.expect("a quote");
+        quoted.json::<Value>().expect("JSON")["id"].as_str().expect("an id").to_owned()
+    }
+
+    #[tokio::test]
+    async fn survives() {
+        for_each_seed(async |seed| {
+            let world = World::new(SKADI, &SWITCHES, seed);
+            let mut drafts = Vec::new();
+            let bound = json!({ "effective": "2027-01-01" });
+            for n in 0..OF_A_KIND {
+                let id = n.to_string();
+                drafts.push(Draft::new(SUBMIT, &id, &json!({ "insured": "Acme" })));
+                let premium = json!({ "policy": "P-7", "amount": "9" });
+                drafts.push(Draft::new("/process-transaction", &id, &premium));
+                for kind in ["renewals", "audits"] {
+                    drafts.push(Draft::bind(kind, &quote(&world, kind).await, &bound));
+                }
+            }
+            let effects = json!({
+                "submissions": OF_A_KIND, "transactions": OF_A_KIND,
+                "renewals": OF_A_KIND, "audits": OF_A_KIND,
+            });
+            world.survive(drafts, run, effects).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn gives_up_at_once_on_what_stays_refused() {
+        let world = World::new(SKADI, &[], 1);
+        let lane = world.network.honest().await;
+        let client = client(&lane.url);
+        let acme = json!({ "insured": "Acme" });
+        let answer = client.send(&Draft::new(SUBMIT, "7", &acme)).await.unwrap();
+        assert_eq!(client.send(&Draft::new(SUBMIT, "7", &acme)).await.unwrap(), answer);
+        let other = client.send(&Draft::new(SUBMIT, "7", &json!({ "insured": "Emca" }))).await;
+        assert!(matches!(other, Err(SkadiError::KeyReused(_))), "{other:?}");
+        world.server.behave(failing(1, 422)).await;
+        let declined = client.send(&Draft::new(SUBMIT, "8", &acme)).await;
+        assert!(matches!(declined, Err(SkadiError::Refused(_))), "{declined:?}");
+        let forger = Skadi::new(http(), &lane.url, "harbor-1", "ash", PATIENCE);
+        let forged = forger.send(&Draft::new(SUBMIT, "9", &acme)).await;
+        assert!(matches!(forged, Err(SkadiError::Refused(_))), "{forged:?}");
+        // Not one of them was sent twice.
+        assert_eq!(world.network.requests(), 5);
+    }
+
+    #[tokio::test]
+    async fn waits_until_its_budget_allows_another() {
+        let world = World::new(SKADI, &SWITCHES, 1);
+        let client = client(&world.server.url);
+        let drafts = (0..40).map(|n| {
+            let draft = Draft::new(SUBMIT, &n.to_string(), &json!({ "insured": "Acme" }));
+            let client = client.clone();
+            async move { client.send(&draft).await }
+        });
+        let answers = join_all(drafts).await;
+        assert!(answers.iter().all(Result::is_ok), "{answers:?}");
     }
 }

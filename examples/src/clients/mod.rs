@@ -7,6 +7,7 @@
 
 mod nora;
 mod pirate;
+mod skadi;
 
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use serde_json::Value;
 pub use self::{
     nora::{Intent, Nora, NoraError, Ramp},
     pirate::{Pirate, PirateError, Write},
+    skadi::{Draft, Skadi, SkadiError},
 };
 
 /// A success, with all its bytes.

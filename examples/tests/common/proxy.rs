@@ -35,7 +35,7 @@ use tokio::{
 };
 
 /// So many faults befall one lane.
-const MOST: u32 = 6;
+const MOST: u32 = 8;
 
 /// The error that ends a connection.
 type Lost = Box<dyn std::error::Error + Send + Sync>;
@@ -229,7 +229,7 @@ impl Fate {
     /// The fault of the next request, if it has one, and the chances within it.
     fn next(&mut self) -> (Option<Fault>, SmallRng) {
         let rng = SmallRng::seed_from_u64(self.rng.random());
-        let strikes = self.rng.random_ratio(2, 3);
+        let strikes = self.rng.random_ratio(4, 5);
         let fault = FAULTS[self.rng.random_range(0..FAULTS.len())];
         let fault = (self.left > 0 && strikes).then_some(fault);
         self.left -= u32::from(fault.is_some());
