@@ -6,6 +6,7 @@
 mod downstream;
 mod server;
 mod switches;
+pub mod wallet;
 
 use std::{error::Error, process::ExitCode};
 
