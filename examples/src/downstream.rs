@@ -273,7 +273,8 @@ mod tests {
 
     fn told(fail: u32, status: u16, after_effect: bool) -> Downstream {
         let downstream = Downstream::default();
-        downstream.inner().behaviour = Behaviour { fail, status, after_effect, ..Behaviour::default() };
+        downstream.inner().behaviour =
+            Behaviour { fail, status, after_effect, ..Behaviour::default() };
         downstream
     }
 
