@@ -8,6 +8,7 @@ pub mod clients;
 mod downstream;
 mod server;
 mod switches;
+pub mod wallet;
 
 use std::{error::Error, process::ExitCode};
 

@@ -12,9 +12,10 @@ use std::{env, fmt::Debug, iter, sync::Arc, time::Duration};
 
 use common::{Server, failing, proxy::Network, send, sqlite};
 use examples::clients::{
-    Answer, Draft, Intent, Nora, NoraError, Patience, Pirate, PirateError, Ramp, Skadi, SkadiError,
-    Write,
+    Answer, Draft, Intent, Nora, NoraError, Patience, Pirate, PirateError, PortfolioError,
+    Portfolios, Ramp, Signed, Skadi, SkadiError, Wish, Write,
 };
+use examples::wallet::{Enrolment, Wallet, Withdrawal};
 use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use reqwest::Client;
@@ -29,7 +30,7 @@ use tokio::{
 const OPERATIONS: usize = 40;
 
 /// So many runs of each client, unless a seed is asked for.
-const RUNS: usize = 3;
+const RUNS: usize = 2;
 
 /// No run takes longer, or something hangs.
 const BOUND: Duration = Duration::from_secs(90);
@@ -286,6 +287,118 @@ mod pirate {
     }
 }
 
+mod portfolio {
+    use super::*;
+
+    const PORTFOLIO: &str = env!("CARGO_BIN_EXE_portfolio");
+    const USER: &str = "0x70997970c51812dc3a010c7d01b50e0d17dc79c8";
+    const PAYEE: &str = "0x00000000000000000000000000000000000000aa";
+
+    fn client(url: &str) -> Portfolios {
+        Portfolios::new(http(), url, "acme-1", PATIENCE)
+    }
+
+    /// The owner of the first portfolios, and another user.
+    fn wallets() -> (Wallet, Wallet) {
+        let mut wallets = Wallet::demo();
+        (wallets.next().expect("an owner"), wallets.next().expect("a user"))
+    }
+
+    #[derive(Clone)]
+    enum Operation {
+        Enrol(Wish),
+        Withdraw(Wish),
+        Start,
+    }
+
+    async fn run(url: String, operation: Operation) -> Result<Vec<Answer>, PortfolioError> {
+        let (client, (owner, user)) = (client(&url), wallets());
+        Ok(vec![match operation {
+            Operation::Enrol(wish) => {
+                let message = client.begin(&wish).await?;
+                let signature = user.sign(&message).expect("a signature");
+                client.submit(&Signed::enrolment(&message, &signature)).await?
+            }
+            Operation::Withdraw(wish) => {
+                let message = client.begin(&wish).await?;
+                let signature = owner.sign(&message).expect("a signature");
+                client.submit(&Signed::withdrawal(&message, &signature)).await?
+            }
+            Operation::Start => client.start("acme-2").await?,
+        }])
+    }
+
+    async fn strategy(world: &World) -> String {
+        let made = client(&world.server.url).create_strategy("Bold").await.expect("a strategy");
+        made.json::<Value>().expect("JSON")["id"].as_str().expect("an id").to_owned()
+    }
+
+    #[tokio::test]
+    async fn survives() {
+        for_each_seed(async |seed| {
+            let world = World::new(PORTFOLIO, &[], seed);
+            let mut operations = Vec::new();
+            for _ in 0..OF_A_KIND {
+                operations.push(Operation::Enrol(Wish::enrolment(USER, &strategy(&world).await)));
+                for portfolio in ["acme-1", "acme-2"] {
+                    operations.push(Operation::Withdraw(Wish::withdrawal(portfolio, PAYEE, 2_500)));
+                }
+                operations.push(Operation::Start);
+            }
+            let effects = json!({
+                "strategies": OF_A_KIND, "agent_slots": OF_A_KIND, "enrolments": OF_A_KIND,
+                "transfers": 2 * OF_A_KIND, "confirmations": 2 * OF_A_KIND,
+                "verifications": 3 * OF_A_KIND, "starts": 1,
+            });
+            world.survive(operations, run, effects).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn gives_up_at_once_on_what_stays_refused() {
+        // Ten minutes are two seconds.
+        let world = World::new(PORTFOLIO, &["--time-scale", "300"], 1);
+        let lane = world.network.honest().await;
+        let (client, (owner, user)) = (client(&lane.url), wallets());
+
+        let again = Wish::enrolment(USER, "steady");
+        for wish in [Wish::enrolment(USER, "steady"), again] {
+            let message: Enrolment = client.begin(&wish).await.unwrap();
+            let signed = Signed::enrolment(&message, &user.sign(&message).unwrap());
+            let forged = Signed::enrolment(&message, &owner.sign(&message).unwrap());
+            match client.submit(&signed).await {
+                Ok(answer) => {
+                    assert_eq!(client.submit(&signed).await.unwrap(), answer);
+                    let other = client.submit(&forged).await;
+                    assert!(matches!(other, Err(PortfolioError::OtherBody(_))), "{other:?}");
+                }
+                second => {
+                    let enrolled = matches!(second, Err(PortfolioError::AlreadyEnrolled(_)));
+                    assert!(enrolled, "{second:?}");
+                }
+            }
+        }
+
+        let theirs = Wish::withdrawal("globex-1", PAYEE, 2_500);
+        let refused = client.begin::<Withdrawal>(&theirs).await;
+        assert!(matches!(refused, Err(PortfolioError::NotAllowed(_))), "{refused:?}");
+        let wish = Wish::withdrawal("acme-1", PAYEE, 2_500);
+        let message: Withdrawal = client.begin(&wish).await.unwrap();
+        let wrong = client.submit(&Signed::withdrawal(&message, "0x00")).await;
+        assert!(matches!(wrong, Err(PortfolioError::Refused(_))), "{wrong:?}");
+        sleep(Duration::from_millis(2_500)).await;
+        let signed = Signed::withdrawal(&message, &owner.sign(&message).unwrap());
+        let late = client.submit(&signed).await;
+        assert!(matches!(late, Err(PortfolioError::NonceExpired(_))), "{late:?}");
+        // Not one of them was sent twice; nor is a strategy, which has no key.
+        assert_eq!(world.network.requests(), 10);
+        drop(world);
+        let lost = client.create_strategy("Bold").await;
+        assert!(matches!(lost, Err(PortfolioError::Unsettled(_))), "{lost:?}");
+    }
+}
+
 mod skadi {
     use super::*;
 
@@ -355,14 +468,18 @@ mod skadi {
 
     #[tokio::test]
     async fn waits_until_its_budget_allows_another() {
-        let world = World::new(SKADI, &SWITCHES, 1);
-        let client = client(&world.server.url);
-        let drafts = (0..40).map(|n| {
+        // Another one each second.
+        let world = World::new(SKADI, &["--time-scale", "2"], 1);
+        let lane = world.network.honest().await;
+        let client = client(&lane.url);
+        let drafts = (0..32).map(|n| {
             let draft = Draft::new(SUBMIT, &n.to_string(), &json!({ "insured": "Acme" }));
             let client = client.clone();
             async move { client.send(&draft).await }
         });
         let answers = join_all(drafts).await;
         assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+        assert!(world.network.requests() > 32);
+        assert_eq!(world.server.effects("submissions").await, 32);
     }
 }

@@ -7,6 +7,7 @@
 
 mod nora;
 mod pirate;
+mod portfolio;
 mod skadi;
 
 use std::time::Duration;
@@ -23,6 +24,7 @@ use serde_json::Value;
 pub use self::{
     nora::{Intent, Nora, NoraError, Ramp},
     pirate::{Pirate, PirateError, Write},
+    portfolio::{PortfolioError, Portfolios, Signed, Wish},
     skadi::{Draft, Skadi, SkadiError},
 };
 
