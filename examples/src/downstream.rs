@@ -7,6 +7,9 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
+    fs::{self, File},
+    io::{self, Write},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -28,15 +31,25 @@ pub struct Downstream(Arc<Mutex<Inner>>);
 struct Inner {
     behaviour: Behaviour,
     calls: u64,
-    done: HashSet<(&'static str, String)>,
+    done: HashSet<(String, String)>,
     /// Who was first where there is room for one.
-    places: HashMap<(&'static str, String), String>,
-    effects: BTreeMap<&'static str, u64>,
+    places: HashMap<(String, String), String>,
+    effects: BTreeMap<String, u64>,
+    /// Where it writes down what it did, to remember it in its next life.
+    ledger: Option<File>,
+}
+
+/// What it did: a line of its ledger.
+#[derive(Deserialize, Serialize)]
+struct Done {
+    effect: String,
+    key: String,
+    place: Option<String>,
 }
 
 /// How the downstream behaves; what `POST /_downstream` takes. What it does not say is as at the
 /// start.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Behaviour {
     /// So many of the next calls fail.
@@ -47,11 +60,14 @@ pub struct Behaviour {
     pub latency_ms: u64,
     /// The failing calls fail after their effect happened: only their answer is lost.
     pub after_effect: bool,
+    /// Only calls for this effect fail, by its name in `/_effects`; any call if it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub only: Option<String>,
 }
 
 impl Default for Behaviour {
     fn default() -> Self {
-        Self { fail: 0, status: 503, latency_ms: 0, after_effect: false }
+        Self { fail: 0, status: 503, latency_ms: 0, after_effect: false, only: None }
     }
 }
 
@@ -73,6 +89,30 @@ impl Failure {
 }
 
 impl Downstream {
+    /// One that remembers in a file what it did, as a party of its own does while this process
+    /// crashes.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read or written, or is no ledger.
+    pub fn open(ledger: &Path) -> io::Result<Self> {
+        let mut inner = Inner::default();
+        // A crash in mid-line leaves an effect that nobody was told of: it did not happen.
+        let written = match fs::read_to_string(ledger) {
+            Ok(written) => written,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error),
+        };
+        let whole = written.rfind('\n').map_or(0, |end| end + 1);
+        for line in written[..whole].lines() {
+            inner.remember(serde_json::from_str(line)?);
+        }
+        let file = File::options().create(true).append(true).open(ledger)?;
+        file.set_len(whole as u64)?;
+        inner.ledger = Some(file);
+        Ok(Self(Arc::new(Mutex::new(inner))))
+    }
+
     /// Makes an effect happen, once for each key.
     ///
     /// # Errors
@@ -110,7 +150,7 @@ impl Downstream {
     ) -> Result<(), Failure> {
         let downstream = self.clone();
         let call = tokio::spawn(async move {
-            let (latency, failure, after_effect) = downstream.inner().begin();
+            let (latency, failure, after_effect) = downstream.inner().begin(effect);
             tokio::time::sleep(latency).await;
             downstream.inner().end(effect, key, place, failure, after_effect)
         });
@@ -132,11 +172,14 @@ impl Downstream {
 
 impl Inner {
     /// What becomes of a call that begins now.
-    fn begin(&mut self) -> (Duration, Option<Failure>, bool) {
+    fn begin(&mut self, effect: &str) -> (Duration, Option<Failure>, bool) {
         self.calls += 1;
-        let Behaviour { fail, status, latency_ms, after_effect } = self.behaviour;
-        let failure = (fail > 0).then(|| StatusCode::from_u16(status).ok().map(Failure)).flatten();
-        self.behaviour.fail = fail.saturating_sub(1);
+        let Behaviour { fail, status, latency_ms, after_effect, ref only } = self.behaviour;
+        let fails = fail > 0 && only.as_ref().is_none_or(|only| only == effect);
+        let failure = fails.then(|| StatusCode::from_u16(status).ok().map(Failure)).flatten();
+        if fails {
+            self.behaviour.fail = fail - 1;
+        }
         (Duration::from_millis(latency_ms), failure, after_effect)
     }
 
@@ -149,27 +192,43 @@ impl Inner {
         failure: Option<Failure>,
         after_effect: bool,
     ) -> Result<(), Failure> {
-        let place = place.map(|place| (effect, place));
-        let first = place.as_ref().and_then(|place| self.places.get(place));
-        if first.is_some_and(|first| *first != key) {
+        let done = Done { effect: effect.to_owned(), key, place };
+        let first = done.place.as_ref().and_then(|place| {
+            // A pair of owned strings is looked up by one.
+            self.places.get(&(done.effect.clone(), place.clone()))
+        });
+        if first.is_some_and(|first| *first != done.key) {
             return Err(Failure(StatusCode::CONFLICT));
         }
-        let call = (effect, key);
-        let done = self.done.contains(&call);
+        let known = self.done.contains(&(done.effect.clone(), done.key.clone()));
         // It happened: only an answer can be lost now.
-        let failure = failure.filter(|failure| !(done && failure.is_refusal()));
-        if !done && (failure.is_none() || after_effect) {
-            self.happened(effect);
-            if let Some(place) = place {
-                self.places.insert(place, call.1.clone());
+        let failure = failure.filter(|failure| !(known && failure.is_refusal()));
+        if !known && (failure.is_none() || after_effect) {
+            if self.write_down(&done).is_err() {
+                return Err(Failure(StatusCode::INSUFFICIENT_STORAGE));
             }
-            self.done.insert(call);
+            self.remember(done);
         }
         failure.map_or(Ok(()), Err)
     }
 
-    fn happened(&mut self, effect: &'static str) {
-        *self.effects.entry(effect).or_default() += 1;
+    fn write_down(&mut self, done: &Done) -> io::Result<()> {
+        let Some(ledger) = &mut self.ledger else { return Ok(()) };
+        let mut line = serde_json::to_vec(done)?;
+        line.push(b'\n');
+        ledger.write_all(&line)
+    }
+
+    fn remember(&mut self, Done { effect, key, place }: Done) {
+        self.happened(&effect);
+        if let Some(place) = place {
+            self.places.insert((effect.clone(), place), key.clone());
+        }
+        self.done.insert((effect, key));
+    }
+
+    fn happened(&mut self, effect: &str) {
+        *self.effects.entry(effect.to_owned()).or_default() += 1;
     }
 }
 
@@ -183,7 +242,7 @@ struct Shown {
 
 async fn show(State(downstream): State<Downstream>) -> impl IntoResponse {
     let inner = downstream.inner();
-    Json(Shown { behaviour: inner.behaviour, calls: inner.calls })
+    Json(Shown { behaviour: inner.behaviour.clone(), calls: inner.calls })
 }
 
 async fn behave(
@@ -191,7 +250,7 @@ async fn behave(
     Json(behaviour): Json<Behaviour>,
 ) -> Response {
     let refusal = (400..500).contains(&behaviour.status);
-    let problem = match behaviour {
+    let problem = match &behaviour {
         Behaviour { status: ..400 | 600.., .. } => "`status` must be a 4xx or a 5xx",
         Behaviour { after_effect: true, .. } if refusal => {
             "a 4xx says that nothing happened: `after_effect` goes with a 5xx"
@@ -214,7 +273,8 @@ mod tests {
 
     fn told(fail: u32, status: u16, after_effect: bool) -> Downstream {
         let downstream = Downstream::default();
-        downstream.inner().behaviour = Behaviour { fail, status, latency_ms: 0, after_effect };
+        downstream.inner().behaviour =
+            Behaviour { fail, status, after_effect, ..Behaviour::default() };
         downstream
     }
 
@@ -260,6 +320,33 @@ mod tests {
         downstream.inner().behaviour = Behaviour { fail: 1, status: 400, ..Behaviour::default() };
         assert_eq!(downstream.call("charge", "a").await, Ok(()));
         assert_eq!(charges(&downstream), 1);
+    }
+
+    #[tokio::test]
+    async fn only_the_calls_that_were_named_fail() {
+        let downstream = told(1, 503, false);
+        downstream.inner().behaviour.only = Some("refund".to_owned());
+        assert_eq!(downstream.call("charge", "a").await, Ok(()));
+        assert!(downstream.call("refund", "a").await.is_err());
+        assert_eq!(downstream.call("refund", "a").await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn it_remembers_what_its_ledger_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = directory.path().join("ledger");
+        let before = Downstream::open(&ledger).unwrap();
+        before.call_at("here", "charge", "a").await.unwrap();
+        drop(before);
+        let mut file = File::options().append(true).open(&ledger).unwrap();
+        file.write_all(b"{\"effect\":\"charge\",\"ke").unwrap();
+
+        let after = Downstream::open(&ledger).unwrap();
+        assert_eq!(charges(&after), 1);
+        assert_eq!(after.call_at("here", "charge", "a").await, Ok(()));
+        assert!(after.call_at("here", "charge", "b").await.is_err());
+        after.call_at("there", "charge", "b").await.unwrap();
+        assert_eq!(charges(&Downstream::open(&ledger).unwrap()), 2);
     }
 
     #[tokio::test]

@@ -1,11 +1,14 @@
 //! What the examples share: their switches, the simulated downstream, and a server that stops
-//! without losing anything.
+//! without losing anything; and a client of each.
 //!
 //! An example itself, with all that it shows of idem, is one file of `src/bin`.
+
+pub mod clients;
 
 mod downstream;
 mod server;
 mod switches;
+pub mod wallet;
 
 use std::{error::Error, process::ExitCode};
 

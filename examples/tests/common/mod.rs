@@ -1,8 +1,9 @@
 //! Drives an example from outside: the real program, a real client.
 
-#![allow(dead_code, reason = "each example's tests use what they need")]
+#![allow(dead_code, unused_imports, reason = "each example's tests use what they need")]
 
 mod curl;
+pub(crate) mod proxy;
 
 use std::{
     io::{BufRead, BufReader},
