@@ -154,8 +154,8 @@ async fn begin_enrolment(
         flow_id: message.flowId.clone(),
         agent,
         account_index,
+        typed_data: wallet::typed_data(&message),
         message,
-        typed_data: wallet::typed_data::<Enrolment>(),
     }))
 }
 
@@ -205,7 +205,7 @@ async fn begin_withdrawal(
     let answer = json!({
         "authorizationId": message.nonce,
         "message": message,
-        "typedData": wallet::typed_data::<Withdrawal>(),
+        "typedData": wallet::typed_data(&message),
     });
     // A replay of this answer would be of no use once the nonce has expired.
     Ok((Settle::for_time(Ttl::For(validity)), Json(answer)))
