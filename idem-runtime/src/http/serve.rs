@@ -135,8 +135,10 @@ pub(crate) enum Opened {
 pub(crate) enum Unkeyed {
     /// It runs as plain axum.
     Plain(Box<Request>),
+    /// It runs although idem would refuse it, since idem only observes.
+    Observed(Box<Exchange>),
     /// It runs without protection, since its key is optional and not there.
-    Unprotected(Box<Request>),
+    Unprotected(Box<Exchange>),
     /// It is answered already.
     Refused(Box<Response>),
 }
@@ -240,7 +242,7 @@ impl Exchange {
     fn without_key(self, error: &AnchorError) -> Unkeyed {
         if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
             self.tell(Outcome::Unprotected, None);
-            return Unkeyed::Unprotected(Box::new(self.into_request()));
+            return Unkeyed::Unprotected(Box::new(self));
         }
         self.refused(Refusal::of_key(error))
     }
@@ -249,7 +251,7 @@ impl Exchange {
     fn refused(self, refusal: Refusal) -> Unkeyed {
         self.tell(Outcome::Refused(refusal.kind()), None);
         match self.policy.mode {
-            Mode::Observe => Unkeyed::Plain(Box::new(self.into_request())),
+            Mode::Observe => Unkeyed::Observed(Box::new(self)),
             Mode::Enforce | Mode::Off => Unkeyed::Refused(Box::new(self.render(refusal))),
         }
     }
@@ -344,15 +346,15 @@ impl Exchange {
                 self.tell(Outcome::Replayed, Some(operation_id));
                 match enforced {
                     true => self.replay(response, operation_id),
-                    false => plain(self.into_request(), runner).await,
+                    false => self.run_unclaimed(runner).await,
                 }
             }
             Admission::Wait(claim) => {
                 return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim }));
             }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
-            Admission::Refuse(_) => plain(self.into_request(), runner).await,
-            Admission::Unprotected => unprotected(self.into_request(), runner).await,
+            Admission::Refuse(_) => self.run_unclaimed(runner).await,
+            Admission::Unprotected => unprotected(self.run_unclaimed(runner).await),
         };
         Conducted::Answered(Box::new(response))
     }
@@ -367,6 +369,25 @@ impl Exchange {
         RequestContext { operation, head, body, state: Arc::clone(&self.state) }
     }
 
+    /// The request of a handler that runs without a claim, if the application admits it: its limits
+    /// hold for every run, or a request without a key would pass them by.
+    pub(crate) async fn admitted(mut self: Box<Self>) -> Result<Request, Response> {
+        if let Some(admit) = self.policy.admit {
+            let operation = self.head.extensions.get_or_insert_default::<Operation>().clone();
+            if let Err(Denied(response)) = admit(self.context(&operation)).await {
+                return Err(response.map(Body::new));
+            }
+        }
+        Ok(self.into_request())
+    }
+
+    async fn run_unclaimed(self: Box<Self>, runner: Runner) -> Response {
+        match self.admitted().await {
+            Ok(request) => plain(request, runner).await,
+            Err(denied) => denied,
+        }
+    }
+
     /// Asks the application what an earlier attempt came to, and whether this one may run; then
     /// runs it. Everything of the application's is in here, up to the last piece of its response's
     /// body; `None` if it threw the work away.
@@ -378,6 +399,7 @@ impl Exchange {
     ) -> Option<(Response, End)> {
         if let Some(recover) = self.policy.recover
             && self.policy.on_unknown == OnUnknown::Recover
+            && self.policy.mode == Mode::Enforce
             && run.attempt.number > 1
         {
             match recover(self.context(&operation)).await.0 {
@@ -548,15 +570,15 @@ impl Unkeyed {
     async fn conduct(self, runner: Runner) -> Response {
         match self {
             Self::Plain(request) => plain(*request, runner).await,
-            Self::Unprotected(request) => unprotected(*request, runner).await,
+            Self::Observed(exchange) => exchange.run_unclaimed(runner).await,
+            Self::Unprotected(exchange) => unprotected(exchange.run_unclaimed(runner).await),
             Self::Refused(response) => *response,
         }
     }
 }
 
-/// Runs a handler that is not protected though it could be, and says so.
-async fn unprotected(request: Request, runner: Runner) -> Response {
-    let mut response = plain(request, runner).await;
+/// Says of an answer that its handler was not protected though it could be.
+fn unprotected(mut response: Response) -> Response {
     let handled = Handled { outcome: Outcome::Unprotected, operation_id: None };
     response.extensions_mut().insert(handled);
     response
