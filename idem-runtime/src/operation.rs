@@ -1,9 +1,10 @@
 //! The operation, as the handler sees it: its id, its attempt, keys derived from it, its steps.
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{
-        Arc, OnceLock, Weak,
+        Arc, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -11,7 +12,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 use uuid::Uuid;
 
 use crate::{
@@ -91,7 +92,8 @@ impl Operation {
     /// Takes a step of the work once, however often the work is tried: its result is recorded under
     /// the claim, and a later attempt gets it without taking the step again.
     ///
-    /// The name says which step it is; in a loop, it includes the turn's number. A step that fails
+    /// The name says which step it is; in a loop, it includes the turn's number. Who asks for a step
+    /// while it is being taken waits for its result: a step must not ask for itself. A step that fails
     /// is not recorded. An owner that lost its claim cannot record one. In a handler without
     /// protection the step is taken each time.
     ///
@@ -128,6 +130,8 @@ impl Operation {
         let Some(journal) = &attempt.journal else {
             return work.await.map_err(StepError::Failed);
         };
+        // Of two that are taken at once under one name, the later one gets the result.
+        let _turn = journal.turn(name).await;
         if let Some(recorded) = journal.result(name).await {
             return serde_json::from_slice(&recorded)
                 .map_err(|source| StepError::TypeChanged { name: name.to_owned(), source });
@@ -230,13 +234,30 @@ pub(crate) struct Journal {
     issued: Option<Bytes>,
     /// Held while a step is being recorded: a record holds all steps, so they are written in turn.
     progress: Mutex<Progress>,
+    /// One lock for each step that was asked for, held while it is being taken.
+    turns: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
 }
 
 impl Journal {
     /// The journal of a claim, with what earlier attempts wrote into it.
     pub(crate) fn new(engine: Weak<Shared>, key: Key, token: Token, progress: Progress) -> Self {
         let issued = progress.issued.clone();
-        Self { engine, key, token, issued, progress: Mutex::new(progress) }
+        Self {
+            engine,
+            key,
+            token,
+            issued,
+            progress: Mutex::new(progress),
+            turns: Default::default(),
+        }
+    }
+
+    async fn turn(&self, name: &str) -> OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(turns.entry(name.to_owned()).or_default())
+        };
+        turn.lock_owned().await
     }
 
     async fn result(&self, name: &str) -> Option<Bytes> {

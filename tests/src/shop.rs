@@ -106,7 +106,12 @@ impl Shop {
 
     /// Pays in process, without a connection that could break.
     pub async fn pay(&self, key: &str, body: &str) -> Answer {
-        let (head, body) = Handler::call(pay, payment(key, body), self.clone()).await.into_parts();
+        self.call(pay, payment(key, body)).await
+    }
+
+    /// Calls any handler in process.
+    pub async fn call<T>(&self, handler: impl Handler<T, Self>, request: Request) -> Answer {
+        let (head, body) = Handler::call(handler, request, self.clone()).await.into_parts();
         let body = axum::body::to_bytes(body, usize::MAX).await;
         Answer {
             status: head.status.as_u16(),
@@ -150,29 +155,37 @@ impl FromRequest<Shop> for Slow {
     }
 }
 
-/// Answers with the status that its body asks for, after an effect unless that is a 4xx; a body
-/// that says where to panic is obeyed.
+/// [`Shop::work`], made safe to retry.
 #[idempotent(anchor = header("Idempotency-Key"))]
 pub async fn pay(State(shop): State<Shop>, operation: Operation, Slow(body): Slow) -> Response {
-    *shop.operation.lock().expect("a lock") = Some(operation.clone());
-    if body == "block" {
-        thread::sleep(Duration::from_millis(1_200));
+    shop.work(&operation, body).await
+}
+
+impl Shop {
+    /// Answers with the status that its body asks for, after an effect unless that is a 4xx; a
+    /// body that says where to panic is obeyed.
+    pub async fn work(&self, operation: &Operation, body: String) -> Response {
+        let shop = self.clone();
+        *shop.operation.lock().expect("a lock") = Some(operation.clone());
+        if body == "block" {
+            thread::sleep(Duration::from_millis(1_200));
+        }
+        shop.come_to(Place::BeforeEffect).await;
+        assert_ne!(body, "panic before", "on purpose");
+        let status = body.parse().unwrap_or(StatusCode::CREATED);
+        if !status.is_client_error() {
+            shop.effects.happen();
+        }
+        shop.come_to(Place::AfterEffect).await;
+        assert_ne!(body, "panic after", "on purpose");
+        let said = format!("attempt {} of {}", operation.attempt(), operation.id());
+        let streamed = stream::once(async move {
+            shop.come_to(Place::Body).await;
+            assert_ne!(body, "panic in body", "on purpose");
+            Ok::<_, std::io::Error>(Bytes::from(said))
+        });
+        let mut response = Response::new(Body::from_stream(streamed));
+        *response.status_mut() = status;
+        response
     }
-    shop.come_to(Place::BeforeEffect).await;
-    assert_ne!(body, "panic before", "on purpose");
-    let status = body.parse().unwrap_or(StatusCode::CREATED);
-    if !status.is_client_error() {
-        shop.effects.happen();
-    }
-    shop.come_to(Place::AfterEffect).await;
-    assert_ne!(body, "panic after", "on purpose");
-    let said = format!("attempt {} of {}", operation.attempt(), operation.id());
-    let streamed = stream::once(async move {
-        shop.come_to(Place::Body).await;
-        assert_ne!(body, "panic in body", "on purpose");
-        Ok::<_, std::io::Error>(Bytes::from(said))
-    });
-    let mut response = Response::new(Body::from_stream(streamed));
-    *response.status_mut() = status;
-    response
 }

@@ -257,8 +257,12 @@ pub async fn parse<E, Source, R>(
             let request = exchange.request_for_extractor();
             (Parsed::Keyed(exchange), request)
         }
-        Opened::Unkeyed(Unkeyed::Plain(request) | Unkeyed::Unprotected(request)) => {
-            (Parsed::Plain, *request)
+        Opened::Unkeyed(Unkeyed::Plain(request)) => (Parsed::Plain, *request),
+        Opened::Unkeyed(Unkeyed::Observed(exchange) | Unkeyed::Unprotected(exchange)) => {
+            match exchange.admitted().boxed().await {
+                Ok(request) => (Parsed::Plain, request),
+                Err(denied) => return Err(Guarded::Response(denied)),
+            }
         }
         Opened::Unkeyed(Unkeyed::Refused(response)) => return Err(Guarded::Response(*response)),
     };

@@ -135,8 +135,10 @@ pub(crate) enum Opened {
 pub(crate) enum Unkeyed {
     /// It runs as plain axum.
     Plain(Box<Request>),
+    /// It runs although idem would refuse it, since idem only observes.
+    Observed(Box<Exchange>),
     /// It runs without protection, since its key is optional and not there.
-    Unprotected(Box<Request>),
+    Unprotected(Box<Exchange>),
     /// It is answered already.
     Refused(Box<Response>),
 }
@@ -165,7 +167,7 @@ impl Exchange {
         // A key in the head that is missing or malformed is found before a body is waited for.
         let in_head = !policy.anchor.needs_body() && !policy.anchor.needs_arguments();
         if in_head && let Err(error) = exchange.values(&mut std::iter::empty()) {
-            return Opened::Unkeyed(exchange.without_key(&error).await);
+            return Opened::Unkeyed(exchange.without_key(&error));
         }
         let needs_body = policy.anchor.needs_body()
             || policy.scope.needs_body()
@@ -236,21 +238,17 @@ impl Exchange {
         Ok(values)
     }
 
-    /// A request without a usable key runs as plain axum where that is allowed, if the application
-    /// admits it: leaving the key out is no way around a quota.
-    async fn without_key(mut self, error: &AnchorError) -> Unkeyed {
+    /// A request without a usable key runs as plain axum where that is allowed.
+    fn without_key(self, error: &AnchorError) -> Unkeyed {
         if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
-            if let Err(denied) = self.admitted().await {
-                return Unkeyed::Refused(Box::new(denied));
-            }
             self.tell(Outcome::Unprotected, None);
-            return Unkeyed::Unprotected(Box::new(self.into_request()));
+            return Unkeyed::Unprotected(Box::new(self));
         }
         self.refused(Refusal::of_key(error))
     }
 
     /// Asks the application whether a request that would run may, and otherwise for its answer.
-    async fn admitted(&mut self) -> Result<(), Response> {
+    async fn ask_to_admit(&mut self) -> Result<(), Response> {
         let Some(admit) = self.policy.admit else { return Ok(()) };
         let operation = self.head.extensions.get_or_insert_default::<Operation>().clone();
         let context = self.context(&operation);
@@ -261,7 +259,7 @@ impl Exchange {
     fn refused(self, refusal: Refusal) -> Unkeyed {
         self.tell(Outcome::Refused(refusal.kind()), None);
         match self.policy.mode {
-            Mode::Observe => Unkeyed::Plain(Box::new(self.into_request())),
+            Mode::Observe => Unkeyed::Observed(Box::new(self)),
             Mode::Enforce | Mode::Off => Unkeyed::Refused(Box::new(self.render(refusal))),
         }
     }
@@ -294,7 +292,7 @@ impl Exchange {
             Ok(call) => call,
             Err(unusable) => {
                 let unkeyed = match unusable {
-                    Unusable::Key(error) => self.without_key(&error).await,
+                    Unusable::Key(error) => self.without_key(&error),
                     Unusable::Other(refusal) => self.refused(refusal),
                 };
                 return unkeyed.conduct(runner).await;
@@ -356,18 +354,15 @@ impl Exchange {
                 self.tell(Outcome::Replayed, Some(operation_id));
                 match enforced {
                     true => self.replay(response, operation_id),
-                    false => plain(self.into_request(), runner).await,
+                    false => self.run_unclaimed(runner).await,
                 }
             }
             Admission::Wait(claim) => {
                 return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim }));
             }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
-            Admission::Refuse(_) => plain(self.into_request(), runner).await,
-            Admission::Unprotected => match self.admitted().await {
-                Ok(()) => unprotected(self.into_request(), runner).await,
-                Err(denied) => denied,
-            },
+            Admission::Refuse(_) => self.run_unclaimed(runner).await,
+            Admission::Unprotected => unprotected(self.run_unclaimed(runner).await),
         };
         Conducted::Answered(Box::new(response))
     }
@@ -382,6 +377,20 @@ impl Exchange {
         RequestContext { operation, head, body, state: Arc::clone(&self.state) }
     }
 
+    /// The request of a handler that runs without a claim, if the application admits it: its limits
+    /// hold for every run, or a request without a key would pass them by.
+    pub(crate) async fn admitted(mut self: Box<Self>) -> Result<Request, Response> {
+        self.ask_to_admit().await?;
+        Ok(self.into_request())
+    }
+
+    async fn run_unclaimed(self: Box<Self>, runner: Runner) -> Response {
+        match self.admitted().await {
+            Ok(request) => plain(request, runner).await,
+            Err(denied) => denied,
+        }
+    }
+
     /// Asks the application what an earlier attempt came to, and whether this one may run; then
     /// runs it. Everything of the application's is in here, up to the last piece of its response's
     /// body; `None` if it threw the work away.
@@ -393,6 +402,7 @@ impl Exchange {
     ) -> Option<(Response, End)> {
         if let Some(recover) = self.policy.recover
             && self.policy.on_unknown == OnUnknown::Recover
+            && self.policy.mode == Mode::Enforce
             && run.attempt.number > 1
         {
             match recover(self.context(&operation)).await.0 {
@@ -411,7 +421,7 @@ impl Exchange {
                 Recovery::NeverHappened => {}
             }
         }
-        if let Err(denied) = self.admitted().await {
+        if let Err(denied) = self.ask_to_admit().await {
             return Some((denied, End::Forget));
         }
         let Self { shared, policy, mut head, body, .. } = *self;
@@ -561,15 +571,15 @@ impl Unkeyed {
     async fn conduct(self, runner: Runner) -> Response {
         match self {
             Self::Plain(request) => plain(*request, runner).await,
-            Self::Unprotected(request) => unprotected(*request, runner).await,
+            Self::Observed(exchange) => exchange.run_unclaimed(runner).await,
+            Self::Unprotected(exchange) => unprotected(exchange.run_unclaimed(runner).await),
             Self::Refused(response) => *response,
         }
     }
 }
 
-/// Runs a handler that is not protected though it could be, and says so.
-async fn unprotected(request: Request, runner: Runner) -> Response {
-    let mut response = plain(request, runner).await;
+/// Says of an answer that its handler was not protected though it could be.
+fn unprotected(mut response: Response) -> Response {
     let handled = Handled { outcome: Outcome::Unprotected, operation_id: None };
     response.extensions_mut().insert(handled);
     response
