@@ -45,10 +45,10 @@ where
         tokio::task::yield_now().await;
         Ok::<_, std::convert::Infallible>(result)
     };
-    operation.step(name, work).await.map_err(refused)
+    operation.step(name, work).await.map_err(|error| refused(&error))
 }
 
-fn refused<E>(error: StepError<E>) -> Response {
+fn refused<E>(error: &StepError<E>) -> Response {
     let code = match error {
         StepError::Failed(_) => "failed",
         StepError::LeaseLost => "lease lost",
@@ -112,7 +112,7 @@ async fn steps(shop: &Shop, operation: &Operation, body: &str) -> Result<Respons
                 shop.effects.happen();
                 if first { Err("no") } else { Ok(1) }
             };
-            let result: u32 = operation.step("one", work).await.map_err(refused)?;
+            let result: u32 = operation.step("one", work).await.map_err(|error| refused(&error))?;
             Ok(result.to_string().into_response())
         }
         _ => {
