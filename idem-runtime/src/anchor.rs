@@ -251,7 +251,9 @@ impl Anchor {
         let mut canonical = Values::new();
         let formats: Vec<_> = match self.source {
             Source::All(anchors) => anchors.iter().map(|anchor| anchor.format).collect(),
-            _ => vec![None; values.len()],
+            // Only these have as many as they say at each request.
+            Source::Custom(_) | Source::Argument => vec![None; values.len()],
+            _ => vec![None],
         };
         if formats.len() != values.len() {
             let why = format!("the anchor has {} values", formats.len());

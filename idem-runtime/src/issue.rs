@@ -48,8 +48,9 @@ impl Idempotency {
     ///
     /// # Errors
     ///
-    /// When the anchor names no space, the value does not have the anchor's format, the payload
-    /// cannot be written as JSON or read back as a `T`, or the store fails.
+    /// When the anchor names no space, the value does not have the anchor's format, the key was used
+    /// or has expired, the payload cannot be written as JSON or read back as a `T`, or the store
+    /// fails.
     pub async fn issue<T>(
         &self,
         anchor: &Anchor,
@@ -86,6 +87,7 @@ impl Idempotency {
         };
         match shared.issue(&issue).await? {
             Written::Done => Ok(payload),
+            Written::Fenced(record) if record.valid_left.is_over() => Err(IssueError::Expired),
             Written::Fenced(record) => bound(&record.payload),
             Written::Gone => Err(IssueError::AlreadyUsed),
         }
@@ -113,6 +115,9 @@ pub enum IssueError {
     /// The payload cannot be written as JSON, or what is bound to the key is of another type.
     #[error("the payload cannot be written or read as JSON")]
     Payload(#[source] serde_json::Error),
+    /// The key was issued before, and the time in which it could be used is over.
+    #[error("the key was issued before and has expired")]
+    Expired,
     /// The key was used already.
     #[error("the key was used already")]
     AlreadyUsed,

@@ -107,6 +107,8 @@ pub enum Fault {
     Hang,
     /// It panics.
     Panic,
+    /// It is made, and there is an await before it and one after it.
+    Yield,
     /// It waits before it is made.
     Before(Gate),
     /// It is made, and its answer waits.
@@ -205,6 +207,12 @@ impl Faults {
             },
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Panic) => panic!("the store panics"),
+            Some(Fault::Yield) => {
+                tokio::task::yield_now().await;
+                let answer = make.await;
+                tokio::task::yield_now().await;
+                answer
+            }
             Some(Fault::Before(gate)) => {
                 gate.pass().await;
                 make.await

@@ -2,7 +2,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
-use std::time::Duration;
+use std::{future::poll_fn, task::Poll, time::Duration};
 
 use axum::{
     extract::State,
@@ -11,12 +11,12 @@ use axum::{
 };
 use idem_runtime::{Operation, Outcome, Recovered, RequestContext, idempotent};
 use tests::{
-    faults::{Call, Faults, Gate, Ground, PATIENCE, eventually},
+    faults::{Call, Fault, Faults, Gate, Ground, PATIENCE, eventually},
     server::Answer,
     shop::{Place, Shop, payment},
     with_faults_on_both_stores,
 };
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{runtime, task::JoinHandle, time::timeout};
 
 /// Longer than the default lease, shorter than the time to live.
 const LAPSE: Duration = Duration::from_secs(31);
@@ -247,4 +247,60 @@ async fn an_answer_that_could_not_be_recorded_is_found_out(ground: Ground) {
     held.open();
     running.await.expect("an answer").assert_is(201, &format!("found {id}"), true);
     assert_eq!((dying.effects.count(), shop.effects.count()), (0, 0));
+}
+
+/// Before the effect, after it, before the record, after it: whatever the await at which a process
+/// dies, nothing is repeated that is to be refused or found out.
+#[test]
+fn a_crash_at_any_await_repeats_nothing_that_is_refused_or_found_out() {
+    let machine = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let machine = machine.expect("a runtime");
+    for (sqlite, finds_out) in [(false, false), (false, true), (true, false), (true, true)] {
+        let key = "answered";
+        let (mut crashes, mut unknown, mut found) = (0, 0, 0);
+        let call = async move |shop: Shop| match finds_out {
+            true => shop.call(recover, payment(key, "201")).await,
+            false => shop.call(refuse, payment(key, "201")).await,
+        };
+        for polls in 1..200 {
+            let ground = machine.block_on(async {
+                if sqlite { Ground::sqlite().await } else { Ground::memory().await }
+            });
+            let (first, faults) = Shop::over(&ground);
+            for call in [Call::Claim, Call::Complete] {
+                faults.always(call, Fault::Yield);
+            }
+            let dies = runtime::Builder::new_current_thread().enable_all().build();
+            let dies = dies.expect("a runtime");
+            let mut running = Box::pin(call(first.clone()));
+            let mut left = polls;
+            let finished = dies.block_on(poll_fn(|context| {
+                if left == 0 {
+                    return Poll::Ready(false);
+                }
+                left -= 1;
+                running.as_mut().poll(context).map(|answer| answer.status == 201)
+            }));
+            dies.shutdown_background();
+            drop(running);
+            if finished {
+                break;
+            }
+            crashes += 1;
+            ground.clock.advance(LAPSE);
+            let (second, _) = Shop::over(&ground);
+            let answer = machine.block_on(call(second.clone()));
+            match (answer.status, answer.is_replay()) {
+                (409, false) if !finds_out => {
+                    answer.assert_refused(409, "unknown_outcome");
+                    unknown += 1;
+                }
+                (201, replay) => found += usize::from(replay),
+                _ => panic!("{answer:?} after {polls} polls"),
+            }
+            let effects = first.effects.count() + second.effects.count();
+            assert!(effects <= 1, "{effects} effects after {polls} polls");
+        }
+        assert!(crashes >= 4 && unknown + found >= 3, "{crashes}: {unknown} {found}");
+    }
 }
