@@ -3,6 +3,7 @@
 use alloy_primitives::{Address, B256, Signature, address, b256};
 use alloy_sol_types::{Eip712Domain, SolStruct, eip712_domain, sol};
 use k256::ecdsa::SigningKey;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 sol! {
@@ -75,26 +76,30 @@ pub fn signer(message: &impl SolStruct, signature: &str) -> Option<Address> {
     signature.recover_address_from_prehash(&message.eip712_signing_hash(&DOMAIN)).ok()
 }
 
-/// What a wallet needs beside the message, as `eth_signTypedData_v4` takes it.
-pub fn typed_data<M: SolStruct>() -> Value {
-    let mut members = Vec::new();
-    let encoded = M::eip712_encode_type();
-    let inner = encoded.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
-    for member in inner.unwrap_or_default().split(',') {
-        if let Some((kind, name)) = member.split_once(' ') {
-            members.push(json!({ "name": name, "type": kind }));
-        }
-    }
+/// A message with all that a wallet needs to sign it, as `eth_signTypedData_v4` takes it.
+pub fn typed_data<M: SolStruct + Serialize>(message: &M) -> Value {
+    let domain = json!({
+        "name": DOMAIN.name,
+        "version": DOMAIN.version,
+        "chainId": DOMAIN.chain_id.map(|id| id.to_string()),
+        "verifyingContract": DOMAIN.verifying_contract,
+    });
     json!({
-        "domain": {
-            "name": DOMAIN.name,
-            "version": DOMAIN.version,
-            "chainId": 31337,
-            "verifyingContract": DOMAIN.verifying_contract,
+        "types": {
+            "EIP712Domain": members(&DOMAIN.encode_type()),
+            M::NAME: members(&M::eip712_encode_type()),
         },
+        "domain": domain,
         "primaryType": M::NAME,
-        "types": { M::NAME: members },
+        "message": message,
     })
+}
+
+/// The members of an encoded type, `Name(type name,type name)`.
+fn members(encoded: &str) -> Vec<Value> {
+    let inner = encoded.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    let pairs = inner.unwrap_or_default().split(',').filter_map(|member| member.split_once(' '));
+    pairs.map(|(kind, name)| json!({ "name": name, "type": kind })).collect()
 }
 
 #[cfg(test)]
@@ -137,8 +142,9 @@ mod tests {
 
     #[test]
     fn typed_data_says_what_alloy_hashes() {
-        let types = &typed_data::<Withdrawal>()["types"]["Withdrawal"];
-        assert_eq!(types[3], json!({ "name": "nonce", "type": "bytes32" }));
-        assert_eq!(types.as_array().unwrap().len(), 4);
+        let types = &typed_data(&withdrawal(1))["types"];
+        assert_eq!(types["Withdrawal"][3], json!({ "name": "nonce", "type": "bytes32" }));
+        assert_eq!(types["Withdrawal"].as_array().unwrap().len(), 4);
+        assert_eq!(types["EIP712Domain"].as_array().unwrap().len(), 4);
     }
 }

@@ -125,7 +125,7 @@ pub(crate) fn refuse(refusal: &Refusal, expired: &str, advice: &str) -> http::Re
     let (status, code, message) = match kind {
         RefusalKind::ExpiredKey => (kind.status(), expired, advice),
         RefusalKind::UnknownKey => {
-            (kind.status(), "unknown_key", "this server never issued that for this")
+            (kind.status(), "unknown_key", "no such key was issued for this request")
         }
         RefusalKind::InFlight | RefusalKind::LeaseLost => {
             (kind.status(), "API_007", "the same request is still running; send it again later")

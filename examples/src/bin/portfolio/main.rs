@@ -25,7 +25,8 @@
 //! the flow, and whoever lost that answer gets the same one again. Without an `Idempotency-Key` a
 //! repeated first request reserves another slot; with one, its answer is replayed for as long as
 //! what it hands out is valid. A key is the tenant's, not the API key's, which may rotate. After a
-//! crash the keys of running requests are free again within five seconds.
+//! crash the keys of running requests are free again within five seconds. A withdrawal whose last
+//! answer was a 5xx is repeated in time: after `API_216`, only the chain knows.
 //!
 //! `/_sign` (the wallet, which would be the client's), `/_chain` (somebody who takes a signed
 //! message to the chain without this server), `/_downstream` and `/_effects` are aids of the
@@ -154,8 +155,8 @@ async fn begin_enrolment(
         flow_id: message.flowId.clone(),
         agent,
         account_index,
+        typed_data: wallet::typed_data(&message),
         message,
-        typed_data: wallet::typed_data::<Enrolment>(),
     }))
 }
 
@@ -205,7 +206,7 @@ async fn begin_withdrawal(
     let answer = json!({
         "authorizationId": message.nonce,
         "message": message,
-        "typedData": wallet::typed_data::<Withdrawal>(),
+        "typedData": wallet::typed_data(&message),
     });
     // A replay of this answer would be of no use once the nonce has expired.
     Ok((Settle::for_time(Ttl::For(validity)), Json(answer)))
