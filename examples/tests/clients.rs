@@ -56,8 +56,8 @@ async fn for_each_seed(run: impl AsyncFn(u64)) {
     assert!(join_all(runs).await.iter().all(Result::is_ok), "a run hangs");
 }
 
-/// A client's connections. It waits less than the slowest answers take.
-fn http() -> Client {
+/// Connections for clients that wait less than the slowest answers take.
+fn hasty() -> Client {
     let limit = Duration::from_millis(600);
     Client::builder().no_proxy().timeout(limit).build().expect("a client")
 }
@@ -144,8 +144,8 @@ mod nora {
 
     const NORA: &str = env!("CARGO_BIN_EXE_nora");
 
-    fn client(url: &str) -> Nora {
-        Nora::new(http(), url, "acme-sandbox-1", PATIENCE)
+    fn client(http: Client, url: &str) -> Nora {
+        Nora::new(http, url, "acme-sandbox-1", PATIENCE)
     }
 
     fn id(answer: &Answer) -> String {
@@ -164,7 +164,7 @@ mod nora {
     }
 
     async fn run(url: String, operation: Operation) -> Result<Vec<Answer>, NoraError> {
-        let client = client(&url);
+        let client = client(hasty(), &url);
         Ok(match operation {
             Operation::Submit(intent) => vec![client.submit(&intent).await?],
             Operation::Burn(intent, signature) => {
@@ -190,7 +190,9 @@ mod nora {
                 let amount = format!("{n}.50");
                 operations.push(Operation::Submit(Intent::new(Ramp::On, &*amount)));
                 operations.push(Operation::Burn(Intent::new(Ramp::Off, amount), format!("5ig{n}")));
-                let created = client(&world.server.url).create_party(&format!("1-{n}")).await;
+                let created = client(world.server.client.clone(), &world.server.url)
+                    .create_party(&format!("1-{n}"))
+                    .await;
                 let party = id(&created.expect("a party"));
                 operations.push(Operation::Bind(party, format!("wallet {n}")));
                 operations.push(Operation::Party(format!("2-{n}")));
@@ -208,7 +210,7 @@ mod nora {
     async fn gives_up_at_once_on_what_stays_refused() {
         let world = World::new(NORA, &[], 1);
         let lane = world.network.honest().await;
-        let client = client(&lane.url);
+        let client = client(world.server.client.clone(), &lane.url);
         let wrong = Intent::new(Ramp::On, "a lot");
         assert!(matches!(client.submit(&wrong).await, Err(NoraError::Refused(_))));
         let created = client.submit(&Intent::new(Ramp::Off, "20.00")).await.unwrap();
@@ -231,12 +233,12 @@ mod pirate {
 
     const PIRATE: &str = env!("CARGO_BIN_EXE_pirate");
 
-    fn client(url: &str) -> Pirate {
-        Pirate::new(http(), url, "blackbeard", PATIENCE)
+    fn client(http: Client, url: &str) -> Pirate {
+        Pirate::new(http, url, "blackbeard", PATIENCE)
     }
 
     async fn run(url: String, write: Write) -> Result<Vec<Answer>, PirateError> {
-        Ok(vec![client(&url).send(&write).await?])
+        Ok(vec![client(hasty(), &url).send(&write).await?])
     }
 
     #[tokio::test]
@@ -250,7 +252,10 @@ mod pirate {
                     "/v2/pools",
                     &json!({ "name": name, "external_uid": n.to_string() }),
                 );
-                let made = client(&world.server.url).send(&pool).await.expect("a pool");
+                let made = client(world.server.client.clone(), &world.server.url)
+                    .send(&pool)
+                    .await
+                    .expect("a pool");
                 let pool = made.json::<Value>().expect("JSON")["address"].clone();
                 let path = format!("/v2/pools/{}/fee-claims", pool.as_str().expect("an address"));
                 let claim = json!({ "kind": "dbc", "payer": "WALLET_PUBKEY", "mode": "unsigned" });
@@ -274,7 +279,7 @@ mod pirate {
     async fn gives_up_at_once_on_what_stays_refused() {
         let world = World::new(PIRATE, &[], 1);
         let lane = world.network.honest().await;
-        let client = client(&lane.url);
+        let client = client(world.server.client.clone(), &lane.url);
         let pool = Write::new("/v2/pools", &json!({ "name": "Doubloon" }));
         let answer = client.send(&pool).await.unwrap();
         assert_eq!(client.send(&pool).await.unwrap(), answer);
@@ -294,8 +299,8 @@ mod portfolio {
     const USER: &str = "0x70997970c51812dc3a010c7d01b50e0d17dc79c8";
     const PAYEE: &str = "0x00000000000000000000000000000000000000aa";
 
-    fn client(url: &str) -> Portfolios {
-        Portfolios::new(http(), url, "acme-1", PATIENCE)
+    fn client(http: Client, url: &str) -> Portfolios {
+        Portfolios::new(http, url, "acme-1", PATIENCE)
     }
 
     /// The owner of the first portfolios, and another user.
@@ -312,7 +317,7 @@ mod portfolio {
     }
 
     async fn run(url: String, operation: Operation) -> Result<Vec<Answer>, PortfolioError> {
-        let (client, (owner, user)) = (client(&url), wallets());
+        let (client, (owner, user)) = (client(hasty(), &url), wallets());
         Ok(vec![match operation {
             Operation::Enrol(wish) => {
                 let message = client.begin(&wish).await?;
@@ -329,7 +334,10 @@ mod portfolio {
     }
 
     async fn strategy(world: &World) -> String {
-        let made = client(&world.server.url).create_strategy("Bold").await.expect("a strategy");
+        let made = client(world.server.client.clone(), &world.server.url)
+            .create_strategy("Bold")
+            .await
+            .expect("a strategy");
         made.json::<Value>().expect("JSON")["id"].as_str().expect("an id").to_owned()
     }
 
@@ -357,10 +365,10 @@ mod portfolio {
 
     #[tokio::test]
     async fn gives_up_at_once_on_what_stays_refused() {
-        // Ten minutes are two seconds.
-        let world = World::new(PORTFOLIO, &["--time-scale", "300"], 1);
+        // Ten minutes are three seconds.
+        let world = World::new(PORTFOLIO, &["--time-scale", "200"], 1);
         let lane = world.network.honest().await;
-        let (client, (owner, user)) = (client(&lane.url), wallets());
+        let (client, (owner, user)) = (client(world.server.client.clone(), &lane.url), wallets());
 
         let again = Wish::enrolment(USER, "steady");
         for wish in [Wish::enrolment(USER, "steady"), again] {
@@ -387,7 +395,7 @@ mod portfolio {
         let message: Withdrawal = client.begin(&wish).await.unwrap();
         let wrong = client.submit(&Signed::withdrawal(&message, "0x00")).await;
         assert!(matches!(wrong, Err(PortfolioError::Refused(_))), "{wrong:?}");
-        sleep(Duration::from_millis(2_500)).await;
+        sleep(Duration::from_millis(3_200)).await;
         let signed = Signed::withdrawal(&message, &owner.sign(&message).unwrap());
         let late = client.submit(&signed).await;
         assert!(matches!(late, Err(PortfolioError::NonceExpired(_))), "{late:?}");
@@ -408,17 +416,20 @@ mod skadi {
     /// The budget fills up fast enough for a test, and slowly enough for some to be refused.
     const SWITCHES: [&str; 2] = ["--time-scale", "100"];
 
-    fn client(url: &str) -> Skadi {
-        Skadi::new(http(), url, "harbor-1", "oak", PATIENCE)
+    fn client(http: Client, url: &str) -> Skadi {
+        Skadi::new(http, url, "harbor-1", "oak", PATIENCE)
     }
 
     async fn run(url: String, draft: Draft) -> Result<Vec<Answer>, SkadiError> {
-        Ok(vec![client(&url).send(&draft).await?])
+        Ok(vec![client(hasty(), &url).send(&draft).await?])
     }
 
     async fn quote(world: &World, kind: &str) -> String {
         let quote = Draft::quote(kind, &json!({ "policy": "P-7" }));
-        let quoted = client(&world.server.url).send(&quote).await.expect("a quote");
+        let quoted = client(world.server.client.clone(), &world.server.url)
+            .send(&quote)
+            .await
+            .expect("a quote");
         quoted.json::<Value>().expect("JSON")["id"].as_str().expect("an id").to_owned()
     }
 
@@ -450,7 +461,7 @@ mod skadi {
     async fn gives_up_at_once_on_what_stays_refused() {
         let world = World::new(SKADI, &[], 1);
         let lane = world.network.honest().await;
-        let client = client(&lane.url);
+        let client = client(world.server.client.clone(), &lane.url);
         let acme = json!({ "insured": "Acme" });
         let answer = client.send(&Draft::new(SUBMIT, "7", &acme)).await.unwrap();
         assert_eq!(client.send(&Draft::new(SUBMIT, "7", &acme)).await.unwrap(), answer);
@@ -459,7 +470,8 @@ mod skadi {
         world.server.behave(failing(1, 422)).await;
         let declined = client.send(&Draft::new(SUBMIT, "8", &acme)).await;
         assert!(matches!(declined, Err(SkadiError::Refused(_))), "{declined:?}");
-        let forger = Skadi::new(http(), &lane.url, "harbor-1", "ash", PATIENCE);
+        let forger =
+            Skadi::new(world.server.client.clone(), &lane.url, "harbor-1", "ash", PATIENCE);
         let forged = forger.send(&Draft::new(SUBMIT, "9", &acme)).await;
         assert!(matches!(forged, Err(SkadiError::Refused(_))), "{forged:?}");
         // Not one of them was sent twice.
@@ -471,7 +483,7 @@ mod skadi {
         // Another one each second.
         let world = World::new(SKADI, &["--time-scale", "2"], 1);
         let lane = world.network.honest().await;
-        let client = client(&lane.url);
+        let client = client(world.server.client.clone(), &lane.url);
         let drafts = (0..32).map(|n| {
             let draft = Draft::new(SUBMIT, &n.to_string(), &json!({ "insured": "Acme" }));
             let client = client.clone();
