@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, Method, Response, StatusCode, Uri, header, request::Parts};
 use http_body_util::combinators::UnsyncBoxBody;
 
-use crate::{json, operation::Operation};
+use crate::{json, operation::Operation, record::Ttl};
 
 /// A response of the application's, whatever made it.
 pub(crate) type AnyResponse = Response<UnsyncBoxBody<Bytes, Box<dyn Error + Send + Sync>>>;
@@ -182,7 +182,7 @@ impl ReplayShape {
 #[must_use = "it does nothing until it is part of a response"]
 pub struct Settle {
     pub(crate) fate: Fate,
-    pub(crate) ttl: Option<crate::record::Ttl>,
+    pub(crate) ttl: Option<Ttl>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,7 +209,7 @@ impl Settle {
         Self::to(Fate::Tombstone)
     }
 
-    /// Nothing happened: the key is free again.
+    /// Nothing happened: the key is free again, also where steps were recorded.
     pub const fn forgotten() -> Self {
         Self::to(Fate::Forget)
     }
@@ -220,12 +220,21 @@ impl Settle {
     }
 
     /// As the policy says, but kept for another time.
-    pub const fn for_time(ttl: crate::record::Ttl) -> Self {
-        Self { fate: Fate::ByPolicy, ttl: Some(ttl) }
+    ///
+    /// # Panics
+    ///
+    /// When the time is zero: a record that expires at once protects nothing.
+    pub const fn for_time(ttl: Ttl) -> Self {
+        Self::BY_POLICY.ttl(ttl)
     }
 
     /// Kept for another time than the policy's.
-    pub const fn ttl(mut self, ttl: crate::record::Ttl) -> Self {
+    ///
+    /// # Panics
+    ///
+    /// When the time is zero: a record that expires at once protects nothing.
+    pub const fn ttl(mut self, ttl: Ttl) -> Self {
+        assert!(!ttl.is_over(), "Settle: a record that expires at once protects nothing");
         self.ttl = Some(ttl);
         self
     }

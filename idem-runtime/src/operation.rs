@@ -97,6 +97,10 @@ impl Operation {
     /// is not recorded. An owner that lost its claim cannot record one. In a handler without
     /// protection the step is taken each time.
     ///
+    /// Once a step was taken, an answer that is not recorded (a 4xx, say) no longer frees the key: the
+    /// claim is released, and a retry goes on under the same operation id. To free it all the same,
+    /// answer with [`Settle::forgotten`](crate::Settle::forgotten).
+    ///
     /// Between a step's effect and its record the process may die: give the step a
     /// [derived](Self::derive) key of its own, and a repetition does nothing.
     ///
@@ -211,6 +215,12 @@ impl Attempt {
         self.ending.store(true, Ordering::Release);
     }
 
+    /// Whether part of the work was done: that an answer says nothing happened is then not true of
+    /// all of it.
+    pub(crate) fn has_steps(&self) -> bool {
+        self.journal.as_ref().is_some_and(|journal| journal.has_steps.load(Ordering::Acquire))
+    }
+
     pub(crate) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Acquire)
     }
@@ -234,6 +244,8 @@ pub(crate) struct Journal {
     issued: Option<Bytes>,
     /// Held while a step is being recorded: a record holds all steps, so they are written in turn.
     progress: Mutex<Progress>,
+    /// Whether a step of this operation was taken, in this attempt or before.
+    has_steps: AtomicBool,
     /// One lock for each step that was asked for, held while it is being taken.
     turns: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
 }
@@ -247,6 +259,7 @@ impl Journal {
             key,
             token,
             issued,
+            has_steps: AtomicBool::new(!progress.steps.is_empty()),
             progress: Mutex::new(progress),
             turns: Default::default(),
         }
@@ -274,8 +287,14 @@ impl Journal {
         let (key, token, payload) = (self.key, self.token, progress.encode());
         let checkpoint = Checkpoint { key, token, payload, format: FORMAT };
         let written = engine.checkpoint(&checkpoint).await;
-        if !matches!(written, Ok(Written::Done)) {
-            progress.steps.pop();
+        match &written {
+            Ok(Written::Done) => self.has_steps.store(true, Ordering::Release),
+            // It was taken: within this attempt it is not taken again, and the next step that is
+            // recorded records it too.
+            Err(error) if error.kind() != StoreErrorKind::TooLarge => {
+                self.has_steps.store(true, Ordering::Release);
+            }
+            Ok(Written::Fenced(_) | Written::Gone) | Err(_) => drop(progress.steps.pop()),
         }
         written
     }
@@ -291,7 +310,8 @@ pub enum StepError<E> {
     /// Another attempt has taken over. Stop: it goes on with the work.
     #[error("another attempt of this operation has taken over")]
     LeaseLost,
-    /// The step was taken and its result could not be recorded: a later attempt takes it again.
+    /// The step was taken and its result could not be recorded: a later attempt takes it again,
+    /// unless the next step that is recorded records it too.
     #[error("the step's result could not be recorded")]
     Store(#[source] StoreError),
     /// The step was taken and its result cannot be written as JSON.

@@ -9,7 +9,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use idem_runtime::{Operation, StepError, idempotent, store::StoreErrorKind};
+use idem_runtime::{Operation, Settle, StepError, idempotent, store::StoreErrorKind};
 use serde::{Serialize, de::DeserializeOwned};
 use tests::{
     faults::{Call, Fault, Ground},
@@ -29,6 +29,7 @@ with_faults_on_both_stores!(
     steps_that_are_taken_at_once_are_all_recorded,
     one_step_that_is_asked_for_twice_at_once_is_taken_once,
     a_forgotten_operation_leaves_no_steps,
+    a_4xx_after_a_step_frees_no_key,
     a_store_that_fails_at_a_step_says_so,
     an_answer_that_is_lost_at_a_step_is_asked_for_again,
     a_handler_without_protection_takes_each_step_each_time,
@@ -93,10 +94,16 @@ async fn steps(shop: &Shop, operation: &Operation, body: &str) -> Result<Respons
             assert!(results.iter().all(|result| *result == results[0]), "{results:?}");
             Ok("done".into_response())
         }
-        "forgotten" => {
+        "forgotten" | "refused" => {
             let one: String = step(shop, operation, "one", operation.id().to_string()).await?;
             assert_eq!(one, operation.id().to_string());
-            Ok(StatusCode::UNPROCESSABLE_ENTITY.into_response())
+            match body {
+                "forgotten" => {
+                    Ok((StatusCode::UNPROCESSABLE_ENTITY, Settle::forgotten(), "no")
+                        .into_response())
+                }
+                _ => Ok(StatusCode::UNPROCESSABLE_ENTITY.into_response()),
+            }
         }
         "names" => {
             for name in ["", "\0", "ü", "a\nb", &"x".repeat(10_000)] {
@@ -189,6 +196,16 @@ async fn a_forgotten_operation_leaves_no_steps(ground: Ground) {
         assert_eq!(shop.call(stepwise, payment("k", "forgotten")).await.status, 422);
         assert_eq!(shop.effects.count(), effects);
     }
+}
+
+async fn a_4xx_after_a_step_frees_no_key(ground: Ground) {
+    let (shop, _) = Shop::over(&ground);
+    for _ in 0..3 {
+        assert_eq!(shop.call(stepwise, payment("k", "refused")).await.status, 422);
+        assert_eq!(shop.effects.count(), 1, "the step was taken once, under one operation id");
+    }
+    assert_eq!(shop.call(stepwise, payment("k", "plain")).await.status, 422);
+    assert_eq!(shop.effects.count(), 1, "another body is a mismatch and runs nothing");
 }
 
 async fn a_store_that_fails_at_a_step_says_so(ground: Ground) {

@@ -69,6 +69,11 @@ macro_rules! by_reference {
 
 by_reference!(&T, Box<T>, Arc<T>, std::rc::Rc<T>);
 
+/// No value at all: the scope of a key that is [global](crate::Scope::global).
+impl AnchorValue for () {
+    fn write(&self, _: &mut Values) {}
+}
+
 /// A mark in a type has no value.
 impl<T: ?Sized> AnchorValue for std::marker::PhantomData<T> {
     fn write(&self, _: &mut Values) {}

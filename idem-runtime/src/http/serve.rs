@@ -430,7 +430,14 @@ impl Exchange {
         match carried(&shared, async move { runner(request).await }.boxed()).await? {
             Ran::Answered(mut response) => {
                 let settle = response.extensions_mut().remove::<Settle>();
-                Some(weigh(&shared, &policy, response, settle.unwrap_or(Settle::BY_POLICY)).await)
+                let settle = settle.unwrap_or(Settle::BY_POLICY);
+                let (response, end) = weigh(&shared, &policy, response, settle).await;
+                Some(match end {
+                    End::Forget if settle.fate == Fate::ByPolicy && run.attempt.has_steps() => {
+                        (response, End::Release)
+                    }
+                    end => (response, end),
+                })
             }
             Ran::Rejected(response) => Some((response, End::Forget)),
         }
@@ -526,7 +533,9 @@ impl Waiting {
 /// is none.
 fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
     headers.get_all("prefer").iter().find_map(|line| {
-        let preferences: sfv::Dictionary = sfv::Parser::new(line.as_bytes()).parse().ok()?;
+        // Names of preferences are not case-sensitive; those of dictionaries are in lower case.
+        let line = line.to_str().ok()?.to_ascii_lowercase();
+        let preferences: sfv::Dictionary = sfv::Parser::new(&line).parse().ok()?;
         let wait = preferences.into_iter().find(|(name, _)| name.as_str() == "wait")?;
         let sfv::ListEntry::Item(sfv::Item { bare_item: sfv::BareItem::Integer(seconds), .. }) =
             wait.1
