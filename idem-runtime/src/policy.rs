@@ -6,6 +6,7 @@ use std::{fmt, time::Duration};
 
 use crate::{
     anchor::{Anchor, Format, Scope},
+    builder::{Builder, Scoped, Unscoped},
     decision::OnUnknown,
     fingerprint::FingerprintScheme,
     hooks::{AdmitFn, RecoverFn, ReplayShape},
@@ -237,8 +238,8 @@ macro_rules! shared_options {
 
 shared_options! {
     Policy: const;
-    crate::builder::Builder<crate::builder::Unscoped>: ;
-    crate::builder::Builder<crate::builder::Scoped>: ;
+    Builder<Unscoped>: ;
+    Builder<Scoped>: ;
 }
 
 impl Policy {
