@@ -84,7 +84,16 @@ impl Till {
     }
 
     fn pay(&self, key: &str, body: &str) -> impl Future<Output = Answer> + Send + use<> {
-        let request = self.client.post(format!("http://{}/pay", self.address));
+        self.pay_at("/pay", key, body)
+    }
+
+    fn pay_at(
+        &self,
+        route: &str,
+        key: &str,
+        body: &str,
+    ) -> impl Future<Output = Answer> + Send + use<> {
+        let request = self.client.post(format!("http://{}{route}", self.address));
         let request = request
             .header("x-api-key", "a")
             .header("idempotency-key", key.to_owned())
@@ -111,24 +120,24 @@ fn is_in_flight(answer: &Answer) -> bool {
 }
 
 /// Kills a process while its handler stands where `body` says, and has another one asked until it
-/// answers; says what it answered.
-async fn killed_in_the_handler(machine: &Machine, body: &str) -> (u16, String, bool) {
+/// answers; says what it answered, and what it answers the next time.
+async fn killed_in_the_handler(machine: &Machine, route: &str, body: &str) -> [Answer; 2] {
     let (mut first, second) = (machine.start(), machine.start());
-    let calling = tokio::spawn(first.pay("k", body));
+    let calling = tokio::spawn(first.pay_at(route, "k", body));
     assert_eq!(first.listen(), "stopped");
     // Long enough for the claim to have been renewed: it is the owner's as long as it lives.
     let start = Instant::now();
     while start.elapsed() < LEASE * 3 / 2 {
-        assert!(is_in_flight(&second.pay("k", body).await));
+        assert!(is_in_flight(&second.pay_at(route, "k", body).await));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     first.kill();
     let killed = Instant::now();
     assert_eq!(calling.await.expect("no panic"), None);
     let answer = loop {
-        let answer = second.pay("k", body).await;
+        let answer = second.pay_at(route, "k", body).await;
         if !is_in_flight(&answer) {
-            break answer.expect("an answer of a living process");
+            break answer;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     };
@@ -136,7 +145,12 @@ async fn killed_in_the_handler(machine: &Machine, body: &str) -> (u16, String, b
     let waited = killed.elapsed();
     assert!(waited > LEASE / 2, "run after {waited:?}, within the lease");
     assert!(waited < LEASE + Duration::from_secs(3), "free only after {waited:?}");
-    let replay = second.pay("k", body).await.expect("an answer");
+    [answer, second.pay_at(route, "k", body).await]
+}
+
+/// The first of two answers, of which the second is its replay.
+fn replayed([answer, replay]: [Answer; 2]) -> (u16, String, bool) {
+    let (answer, replay) = (answer.expect("an answer"), replay.expect("an answer"));
     assert_eq!((&replay.1, replay.2), (&answer.1, true));
     answer
 }
@@ -145,8 +159,9 @@ async fn killed_in_the_handler(machine: &Machine, body: &str) -> (u16, String, b
 async fn a_process_killed_before_the_effect_is_replaced_after_its_lease_and_the_effect_happens_once()
  {
     let machine = Machine::new();
-    let (status, text, replayed) = killed_in_the_handler(&machine, "stop before").await;
-    assert_eq!((status, replayed), (201, false));
+    let killed = killed_in_the_handler(&machine, "/pay", "stop before").await;
+    let (status, text, is_replay) = replayed(killed);
+    assert_eq!((status, is_replay), (201, false));
     let effects = machine.effects();
     assert_eq!(effects.len(), 1);
     assert_eq!(text, format!("attempt 2 of {}", effects[0].0));
@@ -157,12 +172,56 @@ async fn a_process_killed_before_the_effect_is_replaced_after_its_lease_and_the_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_killed_between_effect_and_record_is_rerun_as_the_same_operation() {
     let machine = Machine::new();
-    let (status, text, replayed) = killed_in_the_handler(&machine, "stop after").await;
-    assert_eq!((status, replayed), (201, false));
+    let killed = killed_in_the_handler(&machine, "/pay", "stop after").await;
+    let (status, text, is_replay) = replayed(killed);
+    assert_eq!((status, is_replay), (201, false));
     let effects = machine.effects();
     assert_eq!(effects.iter().map(|(_, attempt, _)| *attempt).collect::<Vec<_>>(), [1, 2]);
     assert_eq!(effects[0].0, effects[1].0, "one operation");
     assert_eq!(text, format!("attempt 2 of {}", effects[0].0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_refuse_a_killed_process_leaves_an_unknown_outcome_and_no_second_effect() {
+    for (body, effects) in [("stop before", 0), ("stop after", 1)] {
+        let machine = Machine::new();
+        for answer in killed_in_the_handler(&machine, "/pay-or-refuse", body).await {
+            let (status, text, is_replay) = answer.expect("an answer");
+            assert_eq!((status, is_replay), (409, false), "{body}: {text}");
+            assert!(text.contains("\"unknown_outcome\""), "{body}: {text}");
+        }
+        assert_eq!(machine.effects().len(), effects, "{body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_recover_a_killed_process_leaves_exactly_one_effect() {
+    let machine = Machine::new();
+    let killed = killed_in_the_handler(&machine, "/pay-or-recover", "stop before").await;
+    let (_, text, is_replay) = replayed(killed);
+    let effects = machine.effects();
+    assert_eq!((effects.len(), is_replay), (1, false));
+    assert_eq!(text, format!("attempt 2 of {}", effects[0].0), "it never happened, so it ran");
+
+    let machine = Machine::new();
+    let killed = killed_in_the_handler(&machine, "/pay-or-recover", "stop after").await;
+    let (status, text, is_replay) = replayed(killed);
+    let effects = machine.effects();
+    assert_eq!((effects.len(), status, is_replay), (1, 201, true));
+    assert_eq!(text, format!("recovered {}", effects[0].0), "it happened, and this was its answer");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_killed_after_the_record_is_replayed_under_every_policy() {
+    for route in ["/pay", "/pay-or-refuse", "/pay-or-recover"] {
+        let machine = Machine::new();
+        let (mut first, second) = (machine.start(), machine.start());
+        let answer = first.pay_at(route, "k", "go on").await.expect("an answer");
+        first.kill();
+        let replay = second.pay_at(route, "k", "go on").await.expect("an answer");
+        assert_eq!(replay, (answer.0, answer.1, true), "{route}");
+        assert_eq!(machine.effects().len(), 1, "{route}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,11 +1,18 @@
-//! A process that is killed: it serves `POST /pay` over a database file that it may share.
+//! A process that is killed: it serves `POST /pay` over a database file that it may share, and the
+//! same under other policies for unknown outcomes as `/pay-or-refuse` and `/pay-or-recover`.
 //!
 //! `till <database> <effects> <lease in milliseconds>` prints its address, and then a line whenever
 //! a handler stops for good. It ends when its standard input does.
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
-use std::{env, fs::OpenOptions, io::Write, path::PathBuf, time::Duration};
+use std::{
+    env,
+    fs::{self, OpenOptions},
+    io::{ErrorKind, Write},
+    path::PathBuf,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -13,7 +20,9 @@ use axum::{
     http::StatusCode,
     routing::post,
 };
-use idem_runtime::{Idempotency, Operation, Scope, idempotent, store::SqliteStore};
+use idem_runtime::{
+    Idempotency, Operation, Recovered, RequestContext, Scope, idempotent, store::SqliteStore,
+};
 use tokio::{io::AsyncReadExt, net::TcpListener};
 
 #[derive(Clone)]
@@ -37,15 +46,51 @@ impl Till {
     }
 }
 
-/// Stops for good where its body says, in the first attempt.
 #[idempotent(anchor = header("Idempotency-Key"))]
 async fn pay(State(till): State<Till>, operation: Operation, body: String) -> (StatusCode, String) {
+    work(&till, &operation, &body).await
+}
+
+#[idempotent(anchor = header("Idempotency-Key"), on_unknown = refuse)]
+async fn pay_or_refuse(
+    State(till): State<Till>,
+    operation: Operation,
+    body: String,
+) -> (StatusCode, String) {
+    work(&till, &operation, &body).await
+}
+
+#[idempotent(anchor = header("Idempotency-Key"), on_unknown = recover = look_it_up)]
+async fn pay_or_recover(
+    State(till): State<Till>,
+    operation: Operation,
+    body: String,
+) -> (StatusCode, String) {
+    work(&till, &operation, &body).await
+}
+
+/// Finds out whether an earlier attempt had its effect.
+async fn look_it_up(request: RequestContext) -> Recovered {
+    let Some(till) = request.state::<Till>() else { return Recovered::unknown() };
+    let id = request.operation().id().to_string();
+    match fs::read_to_string(&till.effects) {
+        Ok(effects) if effects.lines().any(|line| line.starts_with(&id)) => {
+            Recovered::answered((StatusCode::CREATED, format!("recovered {id}")))
+        }
+        Ok(_) => Recovered::never_happened(),
+        Err(error) if error.kind() == ErrorKind::NotFound => Recovered::never_happened(),
+        Err(_) => Recovered::unknown(),
+    }
+}
+
+/// Stops for good where its body says, in the first attempt.
+async fn work(till: &Till, operation: &Operation, body: &str) -> (StatusCode, String) {
     if body == "stop before" && operation.attempt() == 1 {
         println!("stopped");
         std::future::pending::<()>().await;
     }
     tokio::task::yield_now().await;
-    till.happen(&operation, &body);
+    till.happen(operation, body);
     if body == "stop after" && operation.attempt() == 1 {
         println!("stopped");
         std::future::pending::<()>().await;
@@ -61,7 +106,11 @@ async fn main() {
     let effects = argument().into();
     let lease = Duration::from_millis(argument().parse().expect("milliseconds"));
     let engine = Idempotency::builder(store).scope(Scope::header("X-API-Key")).lease(lease).build();
-    let app = Router::new().route("/pay", post(pay)).with_state(Till { engine, effects });
+    let app = Router::new()
+        .route("/pay", post(pay))
+        .route("/pay-or-refuse", post(pay_or_refuse))
+        .route("/pay-or-recover", post(pay_or_recover))
+        .with_state(Till { engine, effects });
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     println!("{}", listener.local_addr().expect("an address"));
     let (mut input, mut nothing) = (tokio::io::stdin(), Vec::new());
