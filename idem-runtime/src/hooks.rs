@@ -271,3 +271,41 @@ impl Settle {
         Self { fate, ttl: None }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recorded(length: &'static str) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::from_static(br#"{"a":1}"#));
+        let length = HeaderValue::from_static(length);
+        response.headers_mut().insert(header::CONTENT_LENGTH, length);
+        response
+    }
+
+    /// What is left of the length that was recorded, and the body.
+    fn shaped(shape: ReplayShape, recorded: Response<Bytes>) -> (bool, Bytes) {
+        let response = shape.apply(recorded).unwrap();
+        (response.headers().contains_key(header::CONTENT_LENGTH), response.into_body())
+    }
+
+    /// A server believes a length that is said.
+    #[test]
+    fn a_length_that_became_wrong_is_left_out() {
+        let other = ReplayShape::new().with(|response| response.map(|_| Bytes::from_static(b"b")));
+        assert_eq!(shaped(other, recorded("7")), (false, Bytes::from_static(b"b")));
+        let merged = ReplayShape::new().merge(r#"{"b":2}"#);
+        assert!(!shaped(merged, recorded("7")).0);
+        let without_body = ReplayShape::new().status(StatusCode::NO_CONTENT);
+        assert_eq!(shaped(without_body, recorded("7")), (false, Bytes::new()));
+        assert!(shaped(ReplayShape::new().status(StatusCode::OK), recorded("7")).0);
+        let head = recorded("7").map(|_| Bytes::new());
+        assert!(shaped(ReplayShape::new().status(StatusCode::OK), head).0);
+    }
+
+    #[test]
+    fn a_shape_that_panics_is_none() {
+        let panics = ReplayShape::new().with(|_| panic!("as told"));
+        assert!(panics.apply(recorded("7")).is_none());
+    }
+}
