@@ -58,6 +58,13 @@ enum Source {
     Argument,
 }
 
+/// A part of a key.
+struct Part {
+    format: Option<Format>,
+    /// Whether it may be more than one value.
+    several: bool,
+}
+
 impl Anchor {
     /// A request header, the usual one being `Idempotency-Key`.
     ///
@@ -248,22 +255,39 @@ impl Anchor {
 
     /// Values that did not come out of a request, checked and canonical as if they had.
     pub(crate) fn checked(&self, values: &Values, longest: usize) -> Result<Values, AnchorError> {
-        let mut canonical = Values::new();
-        let formats: Vec<_> = match self.source {
-            Source::All(anchors) => anchors.iter().map(|anchor| anchor.format).collect(),
-            // Only these have as many as they say at each request.
-            Source::Custom(_) | Source::Argument => vec![None; values.len()],
-            _ => vec![None],
+        let mut parts = Vec::new();
+        self.parts(None, &mut parts);
+        let found = values.len();
+        // One part of many values takes what the others leave.
+        let spare = match found.checked_sub(parts.len()) {
+            Some(0) => 0,
+            Some(spare) if parts.iter().filter(|part| part.several).count() == 1 => spare,
+            _ => {
+                let why = format!("the anchor has {} values", parts.len());
+                return Err(AnchorError::malformed("the key", why));
+            }
         };
-        if formats.len() != values.len() {
-            let why = format!("the anchor has {} values", formats.len());
-            return Err(AnchorError::malformed("the key", why));
-        }
+        let formats = parts.iter().flat_map(|part| {
+            let times = if part.several { 1 + spare } else { 1 };
+            std::iter::repeat_n(part.format, times)
+        });
+        let mut canonical = Values::new();
         for (value, format) in values.iter().zip(formats) {
-            let rules = KeyRules { format: format.or(self.format), longest };
+            let rules = KeyRules { format, longest };
             rules.check_all("the key", &Values::from_iter([value]), &mut canonical)?;
         }
         Ok(canonical)
+    }
+
+    /// The parts of which a key is made, in order, as [`collect`](Self::collect) takes them.
+    fn parts(&self, outer: Option<Format>, into: &mut Vec<Part>) {
+        let format = self.format.or(outer);
+        match self.source {
+            Source::All(anchors) => anchors.iter().for_each(|anchor| anchor.parts(format, into)),
+            // Only these have as many as they say at each request.
+            Source::Custom(_) | Source::Argument => into.push(Part { format, several: true }),
+            _ => into.push(Part { format, several: false }),
+        }
     }
 
     /// The spelling in which a parameter of the route enters the operation: the canonical one, where

@@ -267,7 +267,7 @@ impl<S> Builder<S> {
     }
 
     /// For how long an issued key is known after its validity, so that it is refused as expired and
-    /// not as unknown. Default: 24 hours.
+    /// not as unknown, and cannot be issued again. Default: 24 hours.
     pub fn remember_expired(mut self, time: Duration) -> Self {
         self.limits.remember_expired = time;
         self

@@ -334,8 +334,14 @@ impl Shared {
         request: &mut dyn Comparable,
     ) -> Admission {
         let bound = later(Instant::now(), bound);
-        let place = self.waits.enter(self, call.key);
-        match place.wait_until(bound).await {
+        let news = loop {
+            match self.waits.enter(self, call.key).wait_until(bound).await {
+                // On a runtime that is ending, the next one would be so at once: let it end.
+                News::Abandoned if Instant::now() < bound => tokio::task::yield_now().await,
+                news => break news,
+            }
+        };
+        match news {
             News::Ended(Some(record)) => match judge(claim, &record, request).await {
                 // Nobody who waited runs: a thousand of them would be a thousand attempts.
                 Ok((Decision::Run, _)) => self.refuse_about(call, RefusalKind::InFlight, &record),
@@ -343,7 +349,7 @@ impl Shared {
                 Err(kind) => self.refuse_about(call, kind, &record),
             },
             News::ShuttingDown => self.refuse(call, Refusal::new(RefusalKind::ShuttingDown), None),
-            News::Ended(None) | News::Running => {
+            News::Ended(None) | News::Running | News::Abandoned => {
                 self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
             }
         }

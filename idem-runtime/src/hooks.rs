@@ -1,10 +1,16 @@
 //! Hooks: where an application has a say in what becomes of a request.
 
-use std::{any::Any, error::Error, fmt, sync::Arc};
+use std::{
+    any::Any,
+    error::Error,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, Method, Response, StatusCode, Uri, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, header, request::Parts};
 use http_body_util::combinators::UnsyncBoxBody;
 
 use crate::{json, operation::Operation, record::Ttl};
@@ -88,7 +94,8 @@ pub(crate) enum Recovery {
 }
 
 impl Recovered {
-    /// It never happened: the handler runs.
+    /// It never happened, and no call of an earlier attempt is still under way: the handler runs, as
+    /// the next attempt of the same operation.
     pub const fn never_happened() -> Self {
         Self(Recovery::NeverHappened)
     }
@@ -136,32 +143,50 @@ impl ReplayShape {
         self
     }
 
-    /// Whatever a function makes of the response that would be sent.
+    /// Whatever a function makes of the response that would be sent. If it panics, the request is
+    /// refused as `record_unreadable`: what it was to hide is not sent. A `Content-Length` that is not
+    /// that of the body is left out.
     pub const fn with(mut self, shape: fn(Response<Bytes>) -> Response<Bytes>) -> Self {
         self.with = Some(shape);
         self
     }
 
-    pub(crate) fn apply(&self, mut response: Response<Bytes>) -> Response<Bytes> {
+    /// `None` if the application's function panicked.
+    pub(crate) fn apply(&self, mut response: Response<Bytes>) -> Option<Response<Bytes>> {
+        let recorded = response.body().len();
         if let Some(status) = self.status {
             *response.status_mut() = status;
         }
         if let Some(members) = self.merge {
             match json::merge(response.body(), members.as_bytes()) {
-                Ok(merged) => {
-                    *response.body_mut() = Bytes::from(merged);
-                    response.headers_mut().remove(header::CONTENT_LENGTH);
-                }
+                Ok(merged) => *response.body_mut() = Bytes::from(merged),
                 Err(error) => {
                     let error = &error as &dyn Error;
                     tracing::warn!(error, "a recorded body is no JSON object: replayed as it is");
                 }
             }
         }
-        match self.with {
-            Some(shape) => shape(response),
-            None => response,
+        if let Some(shape) = self.with {
+            let Ok(shaped) = catch_unwind(AssertUnwindSafe(|| shape(response))) else {
+                tracing::error!("the function that shapes replays panicked");
+                return None;
+            };
+            response = shaped;
         }
+        if matches!(response.status().as_u16(), 204 | 205 | 304) {
+            response.body_mut().clear();
+        }
+        // The server believes it: with a wrong one, the next answer on the connection would be read
+        // as part of this one. That of a HEAD request, whose body is not there, stays.
+        let length = response.body().len();
+        let wrong = |told: &HeaderValue| {
+            told.to_str().ok().and_then(|told| told.parse().ok()) != Some(length)
+        };
+        let told = response.headers().get(header::CONTENT_LENGTH);
+        if (length, recorded) != (0, 0) && told.is_some_and(wrong) {
+            response.headers_mut().remove(header::CONTENT_LENGTH);
+        }
+        Some(response)
     }
 }
 
@@ -209,7 +234,9 @@ impl Settle {
         Self::to(Fate::Tombstone)
     }
 
-    /// Nothing happened: the key is free again, also where steps were recorded.
+    /// Nothing happened: the key is free again, also where steps of this attempt were recorded. From
+    /// the second attempt on it is [uncertain](Self::uncertain) all the same: what an earlier one did
+    /// still counts.
     pub const fn forgotten() -> Self {
         Self::to(Fate::Forget)
     }
@@ -228,7 +255,8 @@ impl Settle {
         Self::BY_POLICY.ttl(ttl)
     }
 
-    /// Kept for another time than the policy's.
+    /// Kept for another time than the policy's. The time of an issued key counts from when it was
+    /// issued, and nothing moves it.
     ///
     /// # Panics
     ///
@@ -241,5 +269,43 @@ impl Settle {
 
     const fn to(fate: Fate) -> Self {
         Self { fate, ttl: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recorded(length: &'static str) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::from_static(br#"{"a":1}"#));
+        let length = HeaderValue::from_static(length);
+        response.headers_mut().insert(header::CONTENT_LENGTH, length);
+        response
+    }
+
+    /// What is left of the length that was recorded, and the body.
+    fn shaped(shape: ReplayShape, recorded: Response<Bytes>) -> (bool, Bytes) {
+        let response = shape.apply(recorded).unwrap();
+        (response.headers().contains_key(header::CONTENT_LENGTH), response.into_body())
+    }
+
+    /// A server believes a length that is said.
+    #[test]
+    fn a_length_that_became_wrong_is_left_out() {
+        let other = ReplayShape::new().with(|response| response.map(|_| Bytes::from_static(b"b")));
+        assert_eq!(shaped(other, recorded("7")), (false, Bytes::from_static(b"b")));
+        let merged = ReplayShape::new().merge(r#"{"b":2}"#);
+        assert!(!shaped(merged, recorded("7")).0);
+        let without_body = ReplayShape::new().status(StatusCode::NO_CONTENT);
+        assert_eq!(shaped(without_body, recorded("7")), (false, Bytes::new()));
+        assert!(shaped(ReplayShape::new().status(StatusCode::OK), recorded("7")).0);
+        let head = recorded("7").map(|_| Bytes::new());
+        assert!(shaped(ReplayShape::new().status(StatusCode::OK), head).0);
+    }
+
+    #[test]
+    fn a_shape_that_panics_is_none() {
+        let panics = ReplayShape::new().with(|_| panic!("as told"));
+        assert!(panics.apply(recorded("7")).is_none());
     }
 }

@@ -18,8 +18,8 @@ impl Idempotency {
     /// that takes only issued keys accepts it, once.
     ///
     /// The anchor must name a space: the handler that takes the key is another operation than the
-    /// one that hands it out. `scope` is what that handler's scope will see, `()` where that is global; `value` is the key.
-    /// `payload` is bound to the key, and the handler takes it by [`Issued`].
+    /// one that hands it out. `scope` is what that handler's scope will see, `()` where that is
+    /// global; `value` is the key. `payload` is bound to the key, and the handler takes it by [`Issued`].
     ///
     /// To choose the validity at run time, say it here: `&ANCHOR.ttl(…)`.
     ///

@@ -97,9 +97,9 @@ impl Operation {
     /// is not recorded. An owner that lost its claim cannot record one. In a handler without
     /// protection the step is taken each time.
     ///
-    /// Once a step was taken, an answer that is not recorded (a 4xx, say) no longer frees the key: the
-    /// claim is released, and a retry goes on under the same operation id. To free it all the same,
-    /// answer with [`Settle::forgotten`](crate::Settle::forgotten).
+    /// Once a step was taken, or was dropped half-way, an answer that is not recorded (a 4xx, say) no
+    /// longer frees the key: the outcome is unknown, and unless `on_unknown` says otherwise a retry
+    /// goes on under the same operation id. In the first attempt, to free it all the same, answer with [`Settle::forgotten`](crate::Settle::forgotten).
     ///
     /// Between a step's effect and its record the process may die: give the step a
     /// [derived](Self::derive) key of its own, and a repetition does nothing.
@@ -143,7 +143,15 @@ impl Operation {
         if attempt.is_lost() {
             return Err(StepError::LeaseLost);
         }
-        let result = work.await.map_err(StepError::Failed)?;
+        let begun = Begun(journal);
+        let result = match work.await {
+            Ok(result) => result,
+            Err(error) => {
+                begun.failed();
+                return Err(StepError::Failed(error));
+            }
+        };
+        drop(begun);
         let bytes = serde_json::to_vec(&result).map_err(StepError::NotSerializable)?;
         match journal.record(name, Bytes::from(bytes)).await {
             Ok(Written::Done) => Ok(result),
@@ -244,7 +252,8 @@ pub(crate) struct Journal {
     issued: Option<Bytes>,
     /// Held while a step is being recorded: a record holds all steps, so they are written in turn.
     progress: Mutex<Progress>,
-    /// Whether a step of this operation was taken, in this attempt or before.
+    /// Whether a step of this operation was taken, or may have been, in this attempt or before;
+    /// recorded or not.
     has_steps: AtomicBool,
     /// One lock for each step that was asked for, held while it is being taken.
     turns: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
@@ -288,15 +297,30 @@ impl Journal {
         let checkpoint = Checkpoint { key, token, payload, format: FORMAT };
         let written = engine.checkpoint(&checkpoint).await;
         match &written {
-            Ok(Written::Done) => self.has_steps.store(true, Ordering::Release),
+            Ok(Written::Done) => {}
             // It was taken: within this attempt it is not taken again, and the next step that is
             // recorded records it too.
-            Err(error) if error.kind() != StoreErrorKind::TooLarge => {
-                self.has_steps.store(true, Ordering::Release);
-            }
+            Err(error) if error.kind() != StoreErrorKind::TooLarge => {}
             Ok(Written::Fenced(_) | Written::Gone) | Err(_) => drop(progress.steps.pop()),
         }
         written
+    }
+}
+
+/// A step that was begun. Unless it failed, it was taken or may have been: also one that was dropped
+/// half-way, by a time-out say, or whose result cannot be recorded.
+struct Begun<'a>(&'a Journal);
+
+impl Begun<'_> {
+    /// It failed, which is for the handler's answer to say.
+    fn failed(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.0.has_steps.store(true, Ordering::Release);
     }
 }
 

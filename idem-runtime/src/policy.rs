@@ -257,7 +257,25 @@ impl Policy {
 
     /// What becomes of a request whose last attempt ended without saying whether its effect
     /// happened. Default: it runs again.
+    ///
+    /// ```compile_fail,E0080
+    /// use idem_runtime::{Anchor, OnUnknown, Policy};
+    ///
+    /// // Whom to ask is not said.
+    /// const PAYMENTS: Policy =
+    ///     Policy::new(Anchor::header("Idempotency-Key")).on_unknown(OnUnknown::Recover);
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// When it is [`OnUnknown::Recover`] and no function was named: say [`recover`](Self::recover).
+    /// In a constant, that does not compile.
+    #[track_caller]
     pub const fn on_unknown(mut self, on_unknown: OnUnknown) -> Self {
+        assert!(
+            !matches!(on_unknown, OnUnknown::Recover) || self.options.recover.is_some(),
+            "on_unknown: to recover, say by which function: `recover(…)`"
+        );
         self.options.on_unknown = Some(on_unknown);
         self
     }

@@ -143,7 +143,7 @@ impl RefusalKind {
                 "Nothing was done. Repeat the same request later."
             }
             Self::RecordUnreadable => {
-                "Nothing was done. Repeat the same request later, or tell the operator."
+                "Nothing ran now; an earlier request with this key may have. Repeat the same request later, or tell the operator."
             }
             Self::ShuttingDown => "Repeat the same request to get the answer of the running one.",
             Self::HandlerPanicked => "Repeat the same request with the same key.",

@@ -33,6 +33,8 @@ pub(crate) enum News {
     Running,
     /// It has ended: with this record, or without one.
     Ended(Option<Arc<Record>>),
+    /// Nobody looks any more, since the runtime that did is gone: enter again.
+    Abandoned,
     /// The server is shutting down.
     ShuttingDown,
 }
@@ -80,7 +82,8 @@ impl Waits {
         };
         drop(rooms);
         if is_new {
-            tokio::spawn(look(Arc::downgrade(shared), Arc::downgrade(&room), key));
+            let (engine, room) = (Arc::downgrade(shared), Arc::downgrade(&room));
+            tokio::spawn(Lookout { engine, room, key }.look());
         }
         Place { news: room.news.subscribe(), _room: room }
     }
@@ -120,42 +123,90 @@ impl Place {
         let ended = self.news.wait_for(|news| !matches!(news, News::Running));
         match timeout_at(bound, ended).await {
             Ok(Ok(news)) => news.clone(),
-            // The room's task cannot end before its waiters have news; were it cut off with its
-            // runtime, they would be told at their bound.
+            // The room cannot close before its waiters leave.
             Ok(Err(_)) | Err(_) => News::Running,
         }
     }
 }
 
-/// Looks at a key's record until there are news, nobody waits any more, or the engine is gone.
-async fn look(engine: Weak<Shared>, room: Weak<Room>, key: Key) {
-    let mut pauses = ExponentialBuilder::default()
-        .with_min_delay(FIRST_LOOK)
-        .with_max_delay(LAST_LOOKS)
-        .with_jitter()
-        .without_max_times()
-        .build();
-    while let Some(waiters) = room.upgrade() {
-        let pause = pauses.next().unwrap_or(LAST_LOOKS);
-        let _ = timeout(pause, waiters.ended.notified()).await;
-        let Some(shared) = engine.upgrade() else { return };
-        // A store that does not answer now may do so at the next look.
-        let Ok(record) = shared.ask(shared.store.read(&key)).await else { continue };
-        let running =
-            |record: &Record| record.state == State::Running && !record.lease_left.is_zero();
-        if !record.as_ref().is_some_and(running) {
-            shared.waits.remove(&key, &room);
-            waiters.news.send_if_modified(|news| {
-                let first = matches!(news, News::Running);
-                if first {
-                    *news = News::Ended(record.map(Arc::new));
-                }
-                first
-            });
-            return;
+/// The duty to look at a key's record, on the runtime of whoever came first. However it ends, those
+/// who still wait are told.
+struct Lookout {
+    engine: Weak<Shared>,
+    room: Weak<Room>,
+    key: Key,
+}
+
+impl Drop for Lookout {
+    fn drop(&mut self) {
+        if let Some(shared) = self.engine.upgrade() {
+            shared.waits.remove(&self.key, &self.room);
+        }
+        if let Some(room) = self.room.upgrade() {
+            room.tell(News::Abandoned);
         }
     }
-    if let Some(shared) = engine.upgrade() {
-        shared.waits.remove(&key, &room);
+}
+
+impl Lookout {
+    /// Looks until there are news, nobody waits any more, or the engine is gone.
+    async fn look(self) {
+        let mut pauses = ExponentialBuilder::default()
+            .with_min_delay(FIRST_LOOK)
+            .with_max_delay(LAST_LOOKS)
+            .with_jitter()
+            .without_max_times()
+            .build();
+        while let Some(room) = self.room.upgrade() {
+            let pause = pauses.next().unwrap_or(LAST_LOOKS);
+            let _ = timeout(pause, room.ended.notified()).await;
+            let Some(shared) = self.engine.upgrade() else { return };
+            // A store that does not answer now may do so at the next look.
+            let Ok(record) = shared.ask(shared.store.read(&self.key)).await else { continue };
+            let running =
+                |record: &Record| record.state == State::Running && !record.lease_left.is_zero();
+            if !record.as_ref().is_some_and(running) {
+                shared.waits.remove(&self.key, &self.room);
+                room.tell(News::Ended(record.map(Arc::new)));
+                return;
+            }
+        }
+    }
+}
+
+impl Room {
+    /// Tells the waiters, unless they were told before.
+    fn tell(&self, what: News) {
+        self.news.send_if_modified(|news| {
+            let first = matches!(news, News::Running);
+            if first {
+                *news = what;
+            }
+            first
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Idempotency, Scope, store::MemoryStore};
+
+    /// Their places must not outlive whoever looks for them.
+    #[test]
+    fn a_runtime_that_ends_leaves_no_waiters_of_others_behind() {
+        let runtime =
+            || tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let engine = Idempotency::builder(MemoryStore::new()).scope(Scope::global()).build();
+        let (shared, key) = (&engine.shared, Key::from_bytes([7; 32]));
+        let first = runtime();
+        let place = first.block_on(async { shared.waits.enter(shared, key) });
+        drop(first);
+        runtime().block_on(async {
+            let bound = Instant::now() + Duration::from_secs(60);
+            assert!(matches!(place.wait_until(bound).await, News::Abandoned));
+            let again = shared.waits.enter(shared, key);
+            assert!(matches!(again.wait_until(bound).await, News::Ended(None)));
+        });
     }
 }

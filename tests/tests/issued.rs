@@ -52,6 +52,7 @@ on_both_stores! {
     issuing_in_an_idempotent_handler_is_safe_to_retry,
     another_tenant_cannot_use_the_key,
     a_key_is_issued_in_its_canonical_form,
+    a_composite_key_is_issued_part_by_part,
     what_cannot_be_issued_is_refused,
     an_owner_that_died_leaves_the_key_to_its_request,
     of_many_users_at_once_one_runs,
@@ -313,6 +314,30 @@ async fn what_cannot_be_issued_is_refused(bench: Bench) {
     let two = (String::from("0a0b0c0d"), String::from("0a0b0c0d"));
     let refused = app.engine.issue(&NONCE, "a", &two, 1_u8).await;
     assert!(matches!(refused, Err(IssueError::Value(_))), "{refused:?}");
+}
+
+async fn a_composite_key_is_issued_part_by_part(bench: Bench) {
+    const INNER: &[Anchor] =
+        &[Anchor::body_field("a"), Anchor::body_field("b").format(Format::Uuid)];
+    const CODE: Anchor = Anchor::custom(|_| Ok(idem_runtime::Values::from_iter(["x", "y"])));
+    const WHOLE: Anchor =
+        Anchor::all(&[Anchor::all(INNER).format(Format::Hex(1)), CODE, Anchor::query("c")])
+            .space("composite");
+    let engine = bench.engine().build();
+    let uuid = uuid_text();
+    let issue = async |values: (&str, &str, &str, &str, &str), payload: u8| {
+        engine.issue(&WHOLE, "a", &values, payload).await
+    };
+    assert_eq!(issue(("0xAB", &uuid, "x", "y", "z"), 1).await.unwrap(), 1);
+    assert_eq!(issue(("0xab", &uuid.to_uppercase(), "x", "y", "z"), 2).await.unwrap(), 1);
+    let refused = issue(("no hex", &uuid, "x", "y", "z"), 3).await;
+    assert!(matches!(refused, Err(IssueError::Value(_))), "{refused:?}");
+    let few = engine.issue(&WHOLE, "a", &("ab", &uuid, "x"), 4_u8).await;
+    assert!(matches!(few, Err(IssueError::Value(_))), "{few:?}");
+}
+
+fn uuid_text() -> String {
+    String::from("0190f5a1-7c3b-7def-8a01-23456789abcd")
 }
 
 async fn an_owner_that_died_leaves_the_key_to_its_request(bench: Bench) {

@@ -30,7 +30,9 @@ on_both_stores! {
     a_replay_has_its_own_status_and_members_and_the_record_stays,
     a_body_that_is_no_object_is_replayed_as_it_is,
     a_function_shapes_a_replay,
+    a_function_that_panics_has_its_replay_refused,
     a_replay_costs_no_admission,
+    an_admission_that_panics_leaves_no_trace,
     whoever_is_denied_gets_that_response_and_leaves_no_trace,
     a_denied_rerun_keeps_its_operation,
     a_request_without_its_optional_key_is_admitted_too,
@@ -129,6 +131,24 @@ async fn settling(State(app): State<App>, operation: Operation, body: String) ->
     work(&app, &operation, &body).await
 }
 
+fn panics(_: http::Response<Bytes>) -> http::Response<Bytes> {
+    panic!("as told")
+}
+
+#[idempotent(anchor = header("Idempotency-Key"), replay = panics)]
+async fn misshapen(State(app): State<App>, operation: Operation, body: String) -> Response {
+    work(&app, &operation, &body).await
+}
+
+async fn never_admits(_: RequestContext) -> Result<(), StatusCode> {
+    panic!("as told")
+}
+
+#[idempotent(anchor = header("Idempotency-Key"), on_unknown = refuse, admit = never_admits)]
+async fn inadmissible(State(app): State<App>, operation: Operation, body: String) -> Response {
+    work(&app, &operation, &body).await
+}
+
 async fn start(bench: &Bench, mode: Mode) -> (Server, App) {
     let engine = bench.engine().mode(mode).store_outage(StoreOutage::Closed).build();
     let app = App {
@@ -140,7 +160,9 @@ async fn start(bench: &Bench, mode: Mode) -> (Server, App) {
     let router = Router::new()
         .route("/shaped", post(shaped))
         .route("/remade", post(remade))
+        .route("/misshapen", post(misshapen))
         .route("/limited", post(limited))
+        .route("/inadmissible", post(inadmissible))
         .route("/settling", post(settling))
         .with_state(app.clone());
     (Server::start(router).await, app)
@@ -207,6 +229,24 @@ async fn a_replay_costs_no_admission(bench: Bench) {
     send(server.post("/limited", "k", "a")).await.assert_is(201, "a", true);
     send(server.post("/limited", "k", "b")).await.assert_refused(422, "mismatch");
     assert_eq!((app.left(), bench.effects.count()), (5, 1));
+}
+
+async fn a_function_that_panics_has_its_replay_refused(bench: Bench) {
+    let (server, _) = start(&bench, Mode::Enforce).await;
+    send(server.post("/misshapen", "k", "a")).await.assert_is(201, "a", false);
+    for _ in 0..2 {
+        send(server.post("/misshapen", "k", "a")).await.assert_refused(503, "record_unreadable");
+    }
+    assert_eq!(bench.effects.count(), 1);
+}
+
+async fn an_admission_that_panics_leaves_no_trace(bench: Bench) {
+    let (server, _) = start(&bench, Mode::Enforce).await;
+    for _ in 0..2 {
+        send(server.post("/inadmissible", "k", "a")).await.assert_refused(500, "handler_panicked");
+        assert_eq!(bench.store.last_record().await, None);
+    }
+    assert_eq!(bench.effects.count(), 0);
 }
 
 async fn whoever_is_denied_gets_that_response_and_leaves_no_trace(bench: Bench) {

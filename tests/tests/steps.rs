@@ -30,6 +30,7 @@ with_faults_on_both_stores!(
     one_step_that_is_asked_for_twice_at_once_is_taken_once,
     a_forgotten_operation_leaves_no_steps,
     a_4xx_after_a_step_frees_no_key,
+    nor_does_one_after_a_step_without_a_recorded_result,
     a_store_that_fails_at_a_step_says_so,
     an_answer_that_is_lost_at_a_step_is_asked_for_again,
     a_handler_without_protection_takes_each_step_each_time,
@@ -114,6 +115,22 @@ async fn steps(shop: &Shop, operation: &Operation, body: &str) -> Result<Respons
                 false => Ok("done".into_response()),
             }
         }
+        "not JSON" if first => {
+            let result = std::collections::HashMap::from([((1, 2), 3)]);
+            let refused = step(shop, operation, "one", result).await.map(|_| ());
+            assert!(refused.is_err());
+            Ok(StatusCode::CONFLICT.into_response())
+        }
+        "half-way" if first => {
+            let work = async {
+                shop.effects.happen();
+                std::future::pending::<Result<(), ()>>().await
+            };
+            let in_time = tokio::time::timeout(Duration::ZERO, operation.step("one", work)).await;
+            assert!(in_time.is_err());
+            Ok(StatusCode::CONFLICT.into_response())
+        }
+        "not JSON" | "half-way" => Ok(operation.attempt().to_string().into_response()),
         "fails" => {
             let work = async {
                 shop.effects.happen();
@@ -206,6 +223,15 @@ async fn a_4xx_after_a_step_frees_no_key(ground: Ground) {
     }
     assert_eq!(shop.call(stepwise, payment("k", "plain")).await.status, 422);
     assert_eq!(shop.effects.count(), 1, "another body is a mismatch and runs nothing");
+}
+
+async fn nor_does_one_after_a_step_without_a_recorded_result(ground: Ground) {
+    let (shop, _) = Shop::over(&ground);
+    for body in ["not JSON", "half-way"] {
+        assert_eq!(shop.call(stepwise, payment(body, body)).await.status, 409);
+        let rerun = shop.call(stepwise, payment(body, body)).await;
+        assert_eq!((rerun.status, rerun.text().as_ref()), (200, "2"), "{body}");
+    }
 }
 
 async fn a_store_that_fails_at_a_step_says_so(ground: Ground) {

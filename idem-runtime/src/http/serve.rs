@@ -421,8 +421,15 @@ impl Exchange {
                 Recovery::NeverHappened => {}
             }
         }
-        if let Err(denied) = self.ask_to_admit().await {
-            return Some((denied, End::Forget));
+        match AssertUnwindSafe(self.ask_to_admit()).catch_unwind().await {
+            Ok(Ok(())) => {}
+            Ok(Err(denied)) => return Some((denied, End::Forget)),
+            // The handler did not start: nothing is unknown.
+            Err(_) if self.policy.mode == Mode::Enforce => {
+                let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(run.attempt.id);
+                return Some((self.render(refusal), End::Forget));
+            }
+            Err(panic) => std::panic::resume_unwind(panic),
         }
         let Self { shared, policy, mut head, body, .. } = *self;
         head.extensions.insert(operation);
@@ -710,7 +717,7 @@ fn replayed(recorded: RecordedResponse, shape: Option<ReplayShape>) -> Option<Re
     }
     headers.insert(REPLAYED, HeaderValue::from_static("true"));
     let response = match shape {
-        Some(shape) => shape.apply(response),
+        Some(shape) => shape.apply(response)?,
         None => response,
     };
     Some(response.map(Body::from))
