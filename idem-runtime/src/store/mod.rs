@@ -9,10 +9,12 @@
 )]
 
 mod clock;
+mod manage;
 mod memory;
 mod row;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod wake;
 
 use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
@@ -20,9 +22,11 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
 pub use self::clock::{Clock, ManualClock};
+pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
+pub use self::wake::{Signal, Wake};
 use crate::{
     decision::OnUnknown,
     key::{Key, OperationId, ScopeDigest, Token},
@@ -216,6 +220,17 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     ///
     /// When the store cannot answer.
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>>;
+
+    /// The store's records for look-ups and operators, if it can search them.
+    fn manage(&self) -> Option<&dyn Manage> {
+        None
+    }
+
+    /// The store's messages between processes, if it has any; without them, who waits looks at the
+    /// record now and then.
+    fn wake(&self) -> Option<&dyn Wake> {
+        None
+    }
 }
 
 /// A store behind a pointer, so that a program can choose one when it starts, as `Arc<dyn Store>`.
@@ -268,6 +283,14 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         S::sweep(self, limit)
+    }
+
+    fn manage(&self) -> Option<&dyn Manage> {
+        S::manage(self)
+    }
+
+    fn wake(&self) -> Option<&dyn Wake> {
+        S::wake(self)
     }
 }
 
