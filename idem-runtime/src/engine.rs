@@ -425,13 +425,16 @@ impl Shared {
         let attempt = Attempt::new(record.operation_id, record.attempt, Some(journal));
         let renewal = Renewal { key, token, lease };
         let must_yield = self.leases.hold(self, renewal, since, &claim.operation, &attempt);
-        let held = Held { shared: Arc::clone(self), token };
+        let held = Held { shared: Arc::clone(self), key, token };
+        // Who waits for it elsewhere must be heard.
+        if call.policy.waits() {
+            self.listen();
+        }
         if must_yield {
             tokio::task::yield_now().await;
         }
         Admission::Run(Run {
             held,
-            key,
             ttl: call.policy.ttl,
             lease,
             operation: Arc::clone(&claim.operation),
@@ -542,12 +545,14 @@ impl Shared {
 /// A held claim: letting it go leaves its lease to end by itself.
 struct Held {
     shared: Arc<Shared>,
+    key: Key,
     token: Token,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.shared.leases.let_go(&self.token);
+        self.shared.let_go(&self.key);
     }
 }
 
@@ -556,7 +561,6 @@ impl Drop for Held {
 /// Dropped without an end, as in a crash, it leaves an unknown outcome once its lease is over.
 pub(crate) struct Run {
     held: Held,
-    key: Key,
     ttl: Ttl,
     lease: Duration,
     operation: Arc<str>,
@@ -628,7 +632,7 @@ impl Run {
 
     async fn write(self, end: End) -> Result<Ended, StoreError> {
         let (shared, token) = (&self.held.shared, self.held.token);
-        let (now, key) = (Instant::now(), self.key);
+        let (now, key) = (Instant::now(), self.held.key);
         let time_is_over = match self.ttl {
             Ttl::For(ttl) => later(now, ttl),
             Ttl::Forever => later(now, FOR_EVER),
@@ -674,7 +678,7 @@ impl Run {
     }
 
     fn completion(&self, flags: Flags, payload: Bytes, ttl: Option<Ttl>) -> Completion {
-        let (key, token, ttl) = (self.key, self.held.token, ttl.unwrap_or(self.ttl));
+        let (key, token, ttl) = (self.held.key, self.held.token, ttl.unwrap_or(self.ttl));
         Completion { key, token, ttl, flags, payload, format: FORMAT }
     }
 

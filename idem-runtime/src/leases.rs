@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::{
     engine::{Shared, later},
-    key::Token,
+    key::{Key, Token},
     observer::Outcome,
     operation::Attempt,
     store::{Renewal, StoreError, StoreErrorKind},
@@ -111,6 +111,11 @@ impl Leases {
     /// Lets a claim go: its lease ends by itself, unless the claim was ended before.
     pub(crate) fn let_go(&self, token: &Token) {
         self.lock().held.remove(token);
+    }
+
+    /// Whether a claim on this key is held here.
+    pub(crate) fn holds(&self, key: &Key) -> bool {
+        self.lock().held.values().any(|held| held.renewal.key == *key)
     }
 
     fn lock(&self) -> MutexGuard<'_, Registry> {

@@ -1,8 +1,11 @@
 //! Waiting for the answer of a request that is running.
 //!
 //! All waiters on one key share a *room*. One task a room looks at the record: at once when the
-//! owner in this process has ended, and now and then for owners in others. However many wait, they
-//! cost the store one look at a time, and neither a thread nor a connection.
+//! owner in this process has ended, soon when one in another process says so, and now and then in
+//! any case. However many wait, they cost the store one look at a time, and neither a thread nor a
+//! connection.
+
+mod elsewhere;
 
 use std::{
     collections::HashMap,
@@ -16,10 +19,12 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
+use self::elsewhere::Elsewhere;
 use crate::{
     engine::Shared,
     key::Key,
     record::{Record, State},
+    store::Signal,
 };
 
 /// How soon an owner in another process is asked after, and how rarely at last.
@@ -43,6 +48,7 @@ pub(crate) enum News {
 #[derive(Debug, Default)]
 pub(crate) struct Waits {
     rooms: Mutex<Rooms>,
+    elsewhere: Elsewhere,
 }
 
 #[derive(Debug, Default)]
@@ -82,13 +88,14 @@ impl Waits {
         };
         drop(rooms);
         if is_new {
+            shared.listen();
             let (engine, room) = (Arc::downgrade(shared), Arc::downgrade(&room));
             tokio::spawn(Lookout { engine, room, key }.look());
         }
         Place { news: room.news.subscribe(), _room: room }
     }
 
-    /// Says that the owner of a key has ended in this process.
+    /// Says that the owner of a key has ended.
     pub(crate) fn ended(&self, key: &Key) {
         if let Some(room) = self.lock().open.get(key).and_then(Weak::upgrade) {
             room.ended.notify_one();
@@ -157,6 +164,7 @@ impl Lookout {
             .with_jitter()
             .without_max_times()
             .build();
+        let mut told = false;
         while let Some(room) = self.room.upgrade() {
             let pause = pauses.next().unwrap_or(LAST_LOOKS);
             let _ = timeout(pause, room.ended.notified()).await;
@@ -169,6 +177,11 @@ impl Lookout {
                 shared.waits.remove(&self.key, &self.room);
                 room.tell(News::Ended(record.map(Arc::new)));
                 return;
+            }
+            // What is over at the first look costs no message, nor does an owner in this process.
+            if !told && shared.store.wake().is_some() && !shared.leases.holds(&self.key) {
+                told = true;
+                shared.signal(Signal::Awaited(self.key));
             }
         }
     }
