@@ -3,6 +3,8 @@
 //! It knows no web framework and no driver: it is asked with a [`Call`] and answers with an
 //! [`Admission`]; its stores are behind the [`Store`] trait.
 
+pub(crate) mod transaction;
+
 use std::{
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -21,6 +23,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
+use self::transaction::InTransaction;
 use crate::{
     anchor::Scope,
     builder::Limits,
@@ -141,6 +144,29 @@ pub(crate) struct Call {
     pub(crate) operation: Arc<str>,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) policy: Resolved,
+}
+
+impl Call {
+    /// What it asks of the store, under a token of its own.
+    fn claim(&self, operation_id: OperationId) -> Claim {
+        Claim {
+            key: self.key,
+            scope: self.scope,
+            operation: Arc::clone(&self.operation),
+            operation_id,
+            fingerprint: self.fingerprint.clone(),
+            token: Token::random(),
+            lease: self.policy.lease,
+            ttl: self.policy.ttl,
+            issued_only: self.policy.issued,
+            // To find out what happened is a run as well, and only one at a time may do it.
+            on_unknown: match self.policy.on_unknown {
+                OnUnknown::Recover => OnUnknown::Rerun,
+                on_unknown => on_unknown,
+            },
+            format: FORMAT,
+        }
+    }
 }
 
 /// A request that can be compared with the record of another deploy.
@@ -267,23 +293,7 @@ impl Shared {
         if self.background.len() >= self.limits.detached {
             return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
         }
-        let mut claim = Claim {
-            key: call.key,
-            scope: call.scope,
-            operation: Arc::clone(&call.operation),
-            operation_id: OperationId::random(),
-            fingerprint: call.fingerprint.clone(),
-            token: Token::random(),
-            lease: call.policy.lease,
-            ttl: call.policy.ttl,
-            issued_only: call.policy.issued,
-            // To find out what happened is a run as well, and only one at a time may do it.
-            on_unknown: match call.policy.on_unknown {
-                OnUnknown::Recover => OnUnknown::Rerun,
-                on_unknown => on_unknown,
-            },
-            format: FORMAT,
-        };
+        let mut claim = call.claim(OperationId::random());
         // A record under another scheme may be claimable with the fingerprint of that scheme, and
         // may have changed when it is asked for again. Each turn is one atomic claim; a key that
         // changes this often is in flight.
@@ -335,7 +345,8 @@ impl Shared {
     ) -> Admission {
         let bound = later(Instant::now(), bound);
         let news = loop {
-            match self.waits.enter(self, call.key).wait_until(bound).await {
+            match self.waits.enter(self, call.key, call.policy.transaction).wait_until(bound).await
+            {
                 // On a runtime that is ending, the next one would be so at once: let it end.
                 News::Abandoned if Instant::now() < bound => tokio::task::yield_now().await,
                 news => break news,
@@ -433,12 +444,17 @@ impl Shared {
         if must_yield {
             tokio::task::yield_now().await;
         }
-        Admission::Run(Run {
+        let fingerprint = claim.fingerprint.clone();
+        let leased = Leased {
             held,
             ttl: call.policy.ttl,
             lease,
+            fingerprint,
+            attempt: Arc::clone(&attempt),
+        };
+        Admission::Run(Run {
+            hold: Hold::Lease(leased),
             operation: Arc::clone(&claim.operation),
-            fingerprint: claim.fingerprint.clone(),
             enforced: call.policy.mode == Mode::Enforce,
             attempt,
         })
@@ -472,13 +488,7 @@ impl Shared {
         if error.kind().is_transient() {
             self.take_back(claim);
         }
-        let kind = match error.kind() {
-            StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
-            StoreErrorKind::Newer | StoreErrorKind::Corrupt => RefusalKind::RecordUnreadable,
-            StoreErrorKind::Unreachable | StoreErrorKind::TimedOut | StoreErrorKind::Refused => {
-                RefusalKind::StoreUnavailable
-            }
-        };
+        let kind = refusal_of(error);
         // A store that answers is not out: a record that cannot be read may be a completed one, and
         // a store that is full is full until somebody acts. To run everything without protection
         // meanwhile is what idem exists to prevent.
@@ -542,6 +552,17 @@ impl Shared {
     }
 }
 
+/// What a store's failure means for a request.
+const fn refusal_of(error: &StoreError) -> RefusalKind {
+    match error.kind() {
+        StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
+        StoreErrorKind::Newer | StoreErrorKind::Corrupt => RefusalKind::RecordUnreadable,
+        StoreErrorKind::Unreachable | StoreErrorKind::TimedOut | StoreErrorKind::Refused => {
+            RefusalKind::StoreUnavailable
+        }
+    }
+}
+
 /// A held claim: letting it go leaves its lease to end by itself.
 struct Held {
     shared: Arc<Shared>,
@@ -558,15 +579,28 @@ impl Drop for Held {
 
 /// The right to run, and the duty to say what came of it.
 ///
-/// Dropped without an end, as in a crash, it leaves an unknown outcome once its lease is over.
+/// Dropped without an end, as in a crash, it leaves an unknown outcome once its lease is over, and
+/// in a transaction nothing.
 pub(crate) struct Run {
+    hold: Hold,
+    operation: Arc<str>,
+    enforced: bool,
+    pub(crate) attempt: Arc<Attempt>,
+}
+
+/// What guards a claim while it is run.
+enum Hold {
+    Lease(Leased),
+    Transaction(Box<InTransaction>),
+}
+
+/// A claim under a lease.
+struct Leased {
     held: Held,
     ttl: Ttl,
     lease: Duration,
-    operation: Arc<str>,
     fingerprint: Fingerprint,
-    enforced: bool,
-    pub(crate) attempt: Arc<Attempt>,
+    attempt: Arc<Attempt>,
 }
 
 /// What came of a run.
@@ -592,33 +626,26 @@ pub(crate) enum Ended {
     /// Its own response, although its record is gone: nobody else has an answer, and to send the
     /// client away would have it repeat what was done.
     Unrecorded,
+    /// That the transaction was rolled back, whatever the handler says.
+    TransactionFailed,
+    /// That nobody knows yet whether the transaction was committed.
+    CommitUnknown,
 }
 
 impl Run {
     /// Says what came of it. Returns when it is written, or when waiting for that has been long
     /// enough: writing then goes on in the background, and the claim is held meanwhile.
     pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
-        let shared = Arc::clone(&self.held.shared);
-        let (operation, attempt) = (Arc::clone(&self.operation), Arc::clone(&self.attempt));
-        let enforced = self.enforced;
-        // That nothing happened now says nothing of what an earlier attempt did: its operation id
-        // must be there for the next one.
-        let end = match end {
-            End::Forget if attempt.number > 1 => End::Release,
-            end => end,
-        };
-        let outcome = end.outcome();
+        let Self { hold, operation, enforced, attempt } = self;
         attempt.begin_to_end();
-        let mut writing = self.write(end).boxed();
-        let (ended, outcome, error) = match timeout(shared.limits.record_wait, &mut writing).await {
-            Ok(Ok(Ended::Own)) => (Ended::Own, outcome, None),
-            Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
-            Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
-            Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
-            Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
-            Err(_) => {
-                shared.write_later(writing, Arc::clone(&operation), Arc::clone(&attempt));
-                (Ended::Own, Outcome::RecordDelayed, None)
+        let (shared, (ended, outcome, error)) = match hold {
+            Hold::Lease(leased) => {
+                let shared = Arc::clone(&leased.held.shared);
+                (shared, leased.end(end, &operation).await)
+            }
+            Hold::Transaction(transaction) => {
+                let shared = Arc::clone(transaction.shared());
+                (shared, transaction.end(end, enforced).await)
             }
         };
         // Where idem only observes, the owner's own response is sent all the same.
@@ -628,6 +655,42 @@ impl Run {
         };
         shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
         (ended, outcome)
+    }
+
+    /// What the handler did in its transaction stays although its answer is an error.
+    pub(crate) fn keep_effects(&self) {
+        if let Hold::Transaction(transaction) = &self.hold {
+            transaction.keep_effects();
+        }
+    }
+}
+
+/// What came of an end: what may be answered, what is told, and the store's failure.
+type Came = (Ended, Outcome, Option<StoreError>);
+
+impl Leased {
+    async fn end(self, end: End, operation: &Arc<str>) -> Came {
+        let shared = Arc::clone(&self.held.shared);
+        let attempt = Arc::clone(&self.attempt);
+        // That nothing happened now says nothing of what an earlier attempt did: its operation id
+        // must be there for the next one.
+        let end = match end {
+            End::Forget if attempt.number > 1 => End::Release,
+            end => end,
+        };
+        let outcome = end.outcome();
+        let mut writing = self.write(end).boxed();
+        match timeout(shared.limits.record_wait, &mut writing).await {
+            Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
+            Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
+            Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
+            Ok(Ok(ended)) => (ended, outcome, None),
+            Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
+            Err(_) => {
+                shared.write_later(writing, Arc::clone(operation), attempt);
+                (Ended::Own, Outcome::RecordDelayed, None)
+            }
+        }
     }
 
     async fn write(self, end: End) -> Result<Ended, StoreError> {
@@ -672,7 +735,7 @@ impl Run {
             Written::Gone => Ended::Own,
             Written::Fenced(record) => {
                 self.attempt.lose();
-                self.theirs(&record)
+                theirs(&record, &self.fingerprint)
             }
         })
     }
@@ -681,16 +744,16 @@ impl Run {
         let (key, token, ttl) = (self.held.key, self.held.token, ttl.unwrap_or(self.ttl));
         Completion { key, token, ttl, flags, payload, format: FORMAT }
     }
+}
 
-    /// The answer of whoever took the claim over, if it answered the same request and is there.
-    fn theirs(&self, record: &Record) -> Ended {
-        let answered = record.state == State::Completed
-            && record.fingerprint == self.fingerprint
-            && !record.flags.contains(Flags::TOMBSTONE);
-        match RecordedResponse::decode(&record.payload) {
-            Ok(response) if answered => Ended::Theirs(response, record.operation_id),
-            _ => Ended::Lost,
-        }
+/// The answer of whoever took the claim over, if it answered the same request and is there.
+fn theirs(record: &Record, fingerprint: &Fingerprint) -> Ended {
+    let answered = record.state == State::Completed
+        && record.fingerprint == *fingerprint
+        && !record.flags.contains(Flags::TOMBSTONE);
+    match RecordedResponse::decode(&record.payload) {
+        Ok(response) if answered => Ended::Theirs(response, record.operation_id),
+        _ => Ended::Lost,
     }
 }
 
@@ -730,9 +793,9 @@ impl Shared {
         let shared = Arc::clone(self);
         let work = async move {
             let (outcome, error) = match writing.await {
-                Ok(Ended::Own) => (Outcome::RecordCaughtUp, None),
                 Ok(Ended::Theirs(..) | Ended::Lost) => (Outcome::LeaseLost, None),
                 Ok(Ended::Unrecorded) => (Outcome::RecordLost, None),
+                Ok(_) => (Outcome::RecordCaughtUp, None),
                 Err(error) => (Outcome::RecordLost, Some(error)),
             };
             shared.tell(&operation, Some(&attempt), outcome, error.as_ref());

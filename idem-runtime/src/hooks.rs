@@ -208,6 +208,7 @@ impl ReplayShape {
 pub struct Settle {
     pub(crate) fate: Fate,
     pub(crate) ttl: Option<Ttl>,
+    pub(crate) keeps_effects: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,8 +268,15 @@ impl Settle {
         self
     }
 
+    /// What a transactional handler did stays although its answer is an error. Otherwise an error that
+    /// is recorded undoes it and is committed alone.
+    pub const fn keeping_effects(mut self) -> Self {
+        self.keeps_effects = true;
+        self
+    }
+
     const fn to(fate: Fate) -> Self {
-        Self { fate, ttl: None }
+        Self { fate, ttl: None, keeps_effects: false }
     }
 }
 

@@ -24,6 +24,8 @@ use percent_encoding::percent_decode_str;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use crate::record::Fingerprint;
+
 /// The scheme tag at the head of every key's pre-image.
 const KEY_SCHEME: &[u8] = b"idem-key/1";
 /// The tag at the head of what a [`ScopeDigest`] is computed from.
@@ -116,6 +118,15 @@ impl OperationId {
     /// A fresh operation id (a version 4 UUID).
     pub fn random() -> Self {
         Self(uuid::Builder::from_random_bytes(rand::random()).into_uuid())
+    }
+
+    /// The operation id of a transactional handler, of which nothing is stored before the commit:
+    /// the same request has the same one after a crash (a version 5 UUID over the key's digest, the
+    /// fingerprint's scheme and its digest).
+    pub(crate) fn derived(key: &Key, fingerprint: &Fingerprint) -> Self {
+        const NAMESPACE: Uuid = Uuid::from_u128(0x9d1c_3a1e_7b0f_4c55_8d2a_64f3_0b6e_52c1);
+        let name = [&key.0[..], fingerprint.scheme.as_bytes(), &fingerprint.digest].concat();
+        Self(Uuid::new_v5(&NAMESPACE, &name))
     }
 
     /// An operation id from its 16 bytes, as a store reads it back.

@@ -66,6 +66,8 @@ pub use crate::http::{
     EngineInExtension, EngineInRouterState, EngineSource, Guarded, Handled, Idem, Idempotent,
     IdempotentArguments, IdempotentExt, MissingEngine, REPLAYED, assert_handler,
 };
+#[cfg(feature = "sqlite")]
+pub use crate::http::{Tx, TxRejection};
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};
 pub use builder::{Builder, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};

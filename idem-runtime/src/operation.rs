@@ -131,8 +131,10 @@ impl Operation {
         T: Serialize + DeserializeOwned,
     {
         let attempt = Arc::clone(self.get());
-        let Some(journal) = &attempt.journal else {
-            return work.await.map_err(StepError::Failed);
+        let journal = match &attempt.keeps {
+            Keeps::Journal(journal) => journal,
+            Keeps::Nothing => return work.await.map_err(StepError::Failed),
+            Keeps::Transaction { .. } => return Err(StepError::InTransaction),
         };
         // Of two that are taken at once under one name, the later one gets the result.
         let _turn = journal.turn(name).await;
@@ -165,7 +167,11 @@ impl Operation {
 
     /// What was bound to the key when it was issued.
     pub(crate) fn issued(&self) -> Option<Bytes> {
-        self.get().journal.as_ref()?.issued.clone()
+        match &self.get().keeps {
+            Keeps::Journal(journal) => journal.issued.clone(),
+            Keeps::Transaction { issued } => issued.clone(),
+            Keeps::Nothing => None,
+        }
     }
 
     fn get(&self) -> &Arc<Attempt> {
@@ -203,19 +209,39 @@ pub(crate) struct Attempt {
     changed: Notify,
     /// Whether its end is being written: that a claim is over then says nothing of who ended it.
     ending: AtomicBool,
-    /// `None` where nothing is claimed.
-    journal: Option<Journal>,
+    keeps: Keeps,
+}
+
+/// What is kept of an attempt before it ends.
+#[expect(clippy::large_enum_variant, reason = "most attempts have a journal")]
+#[derive(Debug)]
+enum Keeps {
+    /// Nothing is claimed.
+    Nothing,
+    /// Steps, under the claim.
+    Journal(Journal),
+    /// Nothing before the commit. What was issued with the key is known.
+    Transaction { issued: Option<Bytes> },
 }
 
 impl Attempt {
     pub(crate) fn new(id: OperationId, number: u32, journal: Option<Journal>) -> Arc<Self> {
+        Self::keeping(id, number, journal.map_or(Keeps::Nothing, Keeps::Journal))
+    }
+
+    /// An attempt whose record is committed with its effects.
+    pub(crate) fn in_transaction(id: OperationId, number: u32, issued: Option<Bytes>) -> Arc<Self> {
+        Self::keeping(id, number, Keeps::Transaction { issued })
+    }
+
+    fn keeping(id: OperationId, number: u32, keeps: Keeps) -> Arc<Self> {
         Arc::new(Self {
             id,
             number,
             lost: AtomicBool::new(false),
             changed: Notify::new(),
             ending: AtomicBool::new(false),
-            journal,
+            keeps,
         })
     }
 
@@ -226,7 +252,10 @@ impl Attempt {
     /// Whether part of the work was done: that an answer says nothing happened is then not true of
     /// all of it.
     pub(crate) fn has_steps(&self) -> bool {
-        self.journal.as_ref().is_some_and(|journal| journal.has_steps.load(Ordering::Acquire))
+        match &self.keeps {
+            Keeps::Journal(journal) => journal.has_steps.load(Ordering::Acquire),
+            Keeps::Nothing | Keeps::Transaction { .. } => false,
+        }
     }
 
     pub(crate) fn is_ending(&self) -> bool {
@@ -338,6 +367,11 @@ pub enum StepError<E> {
     /// unless the next step that is recorded records it too.
     #[error("the step's result could not be recorded")]
     Store(#[source] StoreError),
+    /// The handler is transactional: nothing is recorded before the commit, and a step that was taken
+    /// would be taken again after a rollback. Write it in the transaction, or call downstream under
+    /// a [derived](Operation::derive) key.
+    #[error("a transactional handler has no steps")]
+    InTransaction,
     /// The step was taken and its result cannot be written as JSON.
     #[error("the step's result cannot be written as JSON")]
     NotSerializable(#[source] serde_json::Error),

@@ -77,6 +77,7 @@ pub(crate) struct Options {
     pub(crate) recover: Option<RecoverFn>,
     pub(crate) admit: Option<AdmitFn>,
     pub(crate) replay: Option<ReplayShape>,
+    pub(crate) transaction: Option<bool>,
 }
 
 impl Options {
@@ -97,6 +98,7 @@ impl Options {
         recover: None,
         admit: None,
         replay: None,
+        transaction: None,
     };
 
     /// What is said here, and `other` where nothing is.
@@ -118,6 +120,7 @@ impl Options {
             recover: self.recover.or(other.recover),
             admit: self.admit.or(other.admit),
             replay: self.replay.or(other.replay),
+            transaction: self.transaction.or(other.transaction),
         }
     }
 }
@@ -309,6 +312,13 @@ impl Policy {
         self
     }
 
+    /// Commits what the handler does through its `Tx` argument together with the record: exactly once,
+    /// through a crash at any point.
+    pub const fn transaction(mut self) -> Self {
+        self.options.transaction = Some(true);
+        self
+    }
+
     /// This policy over an engine's, over the defaults.
     pub(crate) fn resolve(&self, engine: &Options, engine_scope: Scope) -> Resolved {
         let said = self.options.or(self.anchor.options).or(*engine);
@@ -326,6 +336,7 @@ impl Policy {
             admit: said.admit,
             replay: said.replay,
             issued: said.issued.unwrap_or(false),
+            transaction: said.transaction.unwrap_or(false),
             lease: said.lease.unwrap_or(DEFAULT_LEASE).max(SHORTEST_LEASE),
             refusals: said.refusals,
             mode: said.mode.unwrap_or_default(),
@@ -355,6 +366,7 @@ pub(crate) struct Resolved {
     pub(crate) admit: Option<AdmitFn>,
     pub(crate) replay: Option<ReplayShape>,
     pub(crate) issued: bool,
+    pub(crate) transaction: bool,
     pub(crate) lease: Duration,
     pub(crate) refusals: Option<&'static dyn Refusals>,
     pub(crate) mode: Mode,

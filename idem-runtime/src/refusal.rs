@@ -50,6 +50,12 @@ pub enum RefusalKind {
     ShuttingDown,
     /// The handler panicked. Not a refusal, but told in the same shape.
     HandlerPanicked,
+    /// The handler's transaction could not be committed, so nothing was done; or the engine's store
+    /// has none for it, so nothing ran.
+    TransactionFailed,
+    /// The connection was lost at the commit, and the store could not say in time whether it
+    /// happened. It did so once or not at all.
+    CommitUnknown,
 }
 
 impl RefusalKind {
@@ -74,6 +80,8 @@ impl RefusalKind {
             Self::Busy => "busy",
             Self::ShuttingDown => "shutting_down",
             Self::HandlerPanicked => "handler_panicked",
+            Self::TransactionFailed => "transaction_failed",
+            Self::CommitUnknown => "commit_unknown",
         }
     }
 
@@ -94,8 +102,9 @@ impl RefusalKind {
             | Self::StoreFull
             | Self::RecordUnreadable
             | Self::Busy
-            | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
-            Self::HandlerPanicked => StatusCode::INTERNAL_SERVER_ERROR,
+            | Self::ShuttingDown
+            | Self::CommitUnknown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::HandlerPanicked | Self::TransactionFailed => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -118,7 +127,8 @@ impl RefusalKind {
             Self::RecordUnreadable => "The record of this idempotency key cannot be read",
             Self::Busy => "The server is busy",
             Self::ShuttingDown => "The server is shutting down",
-            Self::HandlerPanicked => "The request failed",
+            Self::HandlerPanicked | Self::TransactionFailed => "The request failed",
+            Self::CommitUnknown => "It is not yet known whether the request was done",
         }
     }
 
@@ -147,13 +157,21 @@ impl RefusalKind {
             }
             Self::ShuttingDown => "Repeat the same request to get the answer of the running one.",
             Self::HandlerPanicked => "Repeat the same request with the same key.",
+            Self::TransactionFailed => {
+                "Nothing was done. Repeat the same request with the same key."
+            }
+            Self::CommitUnknown => {
+                "Repeat the same request with the same key: it is done once at most."
+            }
         }
     }
 
     /// How long a client should wait before it repeats the request, where that helps.
     const fn retry_after(self) -> Option<Duration> {
         match self {
-            Self::InFlight | Self::LeaseLost | Self::ShuttingDown => Some(Duration::from_secs(1)),
+            Self::InFlight | Self::LeaseLost | Self::ShuttingDown | Self::CommitUnknown => {
+                Some(Duration::from_secs(1))
+            }
             Self::StoreUnavailable | Self::StoreFull | Self::RecordUnreadable | Self::Busy => {
                 Some(Duration::from_secs(5))
             }

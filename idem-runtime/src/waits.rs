@@ -24,7 +24,7 @@ use crate::{
     engine::Shared,
     key::Key,
     record::{Record, State},
-    store::Signal,
+    store::{Signal, StoreError},
 };
 
 /// How soon an owner in another process is asked after, and how rarely at last.
@@ -74,7 +74,7 @@ pub(crate) struct Place {
 
 impl Waits {
     /// Takes a place among those who wait for a key. Must be called on a tokio runtime.
-    pub(crate) fn enter(&self, shared: &Arc<Shared>, key: Key) -> Place {
+    pub(crate) fn enter(&self, shared: &Arc<Shared>, key: Key, in_transaction: bool) -> Place {
         let mut rooms = self.lock();
         let (room, is_new) = match rooms.open.get(&key).and_then(Weak::upgrade) {
             Some(room) => (room, false),
@@ -90,7 +90,7 @@ impl Waits {
         if is_new {
             shared.listen();
             let (engine, room) = (Arc::downgrade(shared), Arc::downgrade(&room));
-            tokio::spawn(Lookout { engine, room, key }.look());
+            tokio::spawn(Lookout { engine, room, key, in_transaction }.look());
         }
         Place { news: room.news.subscribe(), _room: room }
     }
@@ -142,6 +142,8 @@ struct Lookout {
     engine: Weak<Shared>,
     room: Weak<Room>,
     key: Key,
+    /// Whether the owner's claim may be in a transaction, where its record cannot be seen.
+    in_transaction: bool,
 }
 
 impl Drop for Lookout {
@@ -170,20 +172,35 @@ impl Lookout {
             let _ = timeout(pause, room.ended.notified()).await;
             let Some(shared) = self.engine.upgrade() else { return };
             // A store that does not answer now may do so at the next look.
-            let Ok(record) = shared.ask(shared.store.read(&self.key)).await else { continue };
-            let running =
-                |record: &Record| record.state == State::Running && !record.lease_left.is_zero();
-            if !record.as_ref().is_some_and(running) {
+            let Ok((is_running, record)) = self.at_record(&shared).await else { continue };
+            if !is_running {
                 shared.waits.remove(&self.key, &self.room);
                 room.tell(News::Ended(record.map(Arc::new)));
                 return;
             }
             // What is over at the first look costs no message, nor does an owner in this process.
-            if !told && shared.store.wake().is_some() && !shared.leases.holds(&self.key) {
+            if !told && shared.store.wake().is_some() && !shared.holds(&self.key) {
                 told = true;
                 shared.signal(Signal::Awaited(self.key));
             }
         }
+    }
+}
+
+impl Lookout {
+    /// Whether the key is running, and its record.
+    async fn at_record(&self, shared: &Shared) -> Result<(bool, Option<Record>), StoreError> {
+        // Before the record: a transaction that ends in between has committed it.
+        let is_held = match shared.store.transact() {
+            Some(transact) if self.in_transaction => {
+                shared.ask(transact.is_held(&self.key)).await?
+            }
+            _ => false,
+        };
+        let record = shared.ask(shared.store.read(&self.key)).await?;
+        let leased =
+            |record: &Record| record.state == State::Running && !record.lease_left.is_zero();
+        Ok((is_held || record.as_ref().is_some_and(leased), record))
     }
 }
 
@@ -213,12 +230,12 @@ mod tests {
         let engine = Idempotency::builder(MemoryStore::new()).scope(Scope::global()).build();
         let (shared, key) = (&engine.shared, Key::from_bytes([7; 32]));
         let first = runtime();
-        let place = first.block_on(async { shared.waits.enter(shared, key) });
+        let place = first.block_on(async { shared.waits.enter(shared, key, false) });
         drop(first);
         runtime().block_on(async {
             let bound = Instant::now() + Duration::from_secs(60);
             assert!(matches!(place.wait_until(bound).await, News::Abandoned));
-            let again = shared.waits.enter(shared, key);
+            let again = shared.waits.enter(shared, key, false);
             assert!(matches!(again.wait_until(bound).await, News::Ended(None)));
         });
     }

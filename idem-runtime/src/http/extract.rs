@@ -11,7 +11,7 @@ use http::{Extensions, StatusCode, request::Parts};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
-use super::serve::{AnyState, Arguments, Exchange, Opened, Ran, Unkeyed, serve};
+use super::serve::{AnyState, Arguments, Exchange, Opened, Ran, Unclaimed, Unkeyed, serve};
 use crate::{
     engine::Idempotency,
     hooks::{AnyResponse, Denied, Recovered, Recovery, Settle},
@@ -225,7 +225,7 @@ pub struct ParsedCall(Parsed);
 enum Parsed {
     Detached,
     /// It runs as plain axum.
-    Plain,
+    Plain(Option<Box<Unclaimed>>),
     Keyed(Box<Exchange>),
 }
 
@@ -233,7 +233,7 @@ impl fmt::Debug for Parsed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Detached => "Detached",
-            Self::Plain => "Plain",
+            Self::Plain(_) => "Plain",
             Self::Keyed(_) => "Keyed",
         })
     }
@@ -257,10 +257,10 @@ pub async fn parse<E, Source, R>(
             let request = exchange.request_for_extractor();
             (Parsed::Keyed(exchange), request)
         }
-        Opened::Unkeyed(Unkeyed::Plain(request)) => (Parsed::Plain, *request),
+        Opened::Unkeyed(Unkeyed::Plain(request, unclaimed)) => (Parsed::Plain(unclaimed), *request),
         Opened::Unkeyed(Unkeyed::Observed(exchange) | Unkeyed::Unprotected(exchange)) => {
             match exchange.admitted().boxed().await {
-                Ok(request) => (Parsed::Plain, request),
+                Ok((request, unclaimed)) => (Parsed::Plain(unclaimed), request),
                 Err(denied) => return Err(Guarded::Response(denied)),
             }
         }
@@ -297,8 +297,12 @@ where
 {
     match call.0 {
         Parsed::Detached => body(extractor).map(Guarded::Detached).boxed(),
-        Parsed::Plain => {
-            body(extractor).map(|returned| Guarded::Response(returned.into_response())).boxed()
+        Parsed::Plain(unclaimed) => {
+            let work = body(extractor).map(IntoResponse::into_response);
+            match unclaimed {
+                Some(unclaimed) => unclaimed.run(work).map(Guarded::Response).boxed(),
+                None => work.map(Guarded::Response).boxed(),
+            }
         }
         Parsed::Keyed(exchange) => {
             let runner = Box::new(move |_| {

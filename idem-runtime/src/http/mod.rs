@@ -6,8 +6,12 @@ mod body;
 mod combinator;
 mod extract;
 mod serve;
+#[cfg(feature = "sqlite")]
+mod transaction;
 
 pub(crate) use self::extract::ProvidesEngine;
+#[cfg(feature = "sqlite")]
+pub use self::transaction::{Tx, TxRejection};
 pub use self::{
     combinator::{Idempotent, IdempotentExt},
     extract::{

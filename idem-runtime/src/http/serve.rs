@@ -9,7 +9,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use tokio::sync::oneshot;
 
 use super::body::{Bound, Buffered, buffer, whole};
@@ -17,7 +17,7 @@ use crate::{
     anchor::{Anchor, AnchorError, AnchorRequest, KeyRules},
     decision::OnUnknown,
     detach::FinishAnyway,
-    engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
+    engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared, transaction::Slot},
     fingerprint::{Subject, scheme_needs_body, under_scheme},
     hooks::{Denied, Fate, Recovery, ReplayShape, RequestContext, Settle},
     key::{Endpoint, OperationId, Space, Values},
@@ -26,7 +26,7 @@ use crate::{
     policy::{InFlight, Mode, Policy, Resolved},
     record::{RecordedResponse, Ttl},
     refusal::{Refusal, RefusalKind},
-    store::Claim,
+    store::{Claim, StoreError},
 };
 
 /// The header on every replay; its value is `true`.
@@ -134,7 +134,7 @@ pub(crate) enum Opened {
 /// What becomes of a request without a usable key.
 pub(crate) enum Unkeyed {
     /// It runs as plain axum.
-    Plain(Box<Request>),
+    Plain(Box<Request>, Option<Box<Unclaimed>>),
     /// It runs although idem would refuse it, since idem only observes.
     Observed(Box<Exchange>),
     /// It runs without protection, since its key is optional and not there.
@@ -152,7 +152,9 @@ impl Exchange {
         state: AnyState,
     ) -> Opened {
         if policy.mode == Mode::Off {
-            return Opened::Unkeyed(Unkeyed::Plain(Box::new(request)));
+            let mut request = Box::new(request);
+            let unclaimed = Unclaimed::of(&shared, &policy, request.extensions_mut());
+            return Opened::Unkeyed(Unkeyed::Plain(request, unclaimed));
         }
         let (mut head, body) = request.into_parts();
         let (parameters, readable) = parameters(&mut head).await;
@@ -209,6 +211,7 @@ impl Exchange {
     pub(crate) fn request_for_extractor(&mut self) -> Request {
         // The handler and the engine share one cell, whoever asks for it first.
         let operation = self.operation();
+        self.slot();
         let body = match &self.body {
             Content::Buffered(bytes, trailers) => whole(bytes.clone(), trailers.clone()),
             Content::Untouched(_) | Content::Taken => {
@@ -217,6 +220,10 @@ impl Exchange {
         };
         self.head.extensions.insert(operation);
         Request::from_parts(self.head.clone(), body)
+    }
+
+    fn slot(&mut self) -> Slot {
+        self.head.extensions.get_or_insert_default::<Slot>().clone()
     }
 
     fn operation(&self) -> Operation {
@@ -346,7 +353,13 @@ impl Exchange {
 
     async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Conducted {
         let shared = Arc::clone(&self.shared);
-        let admission = shared.admit(&call, &mut *self).await;
+        let admission = match self.policy.transaction {
+            true => {
+                let slot = self.slot();
+                shared.begin(&call, &slot, &mut *self).await
+            }
+            false => shared.admit(&call, &mut *self).await,
+        };
         let enforced = self.policy.mode == Mode::Enforce;
         let response = match admission {
             Admission::Run(run) => self.run(run, runner).await,
@@ -379,14 +392,17 @@ impl Exchange {
 
     /// The request of a handler that runs without a claim, if the application admits it: its limits
     /// hold for every run, or a request without a key would pass them by.
-    pub(crate) async fn admitted(mut self: Box<Self>) -> Result<Request, Response> {
+    pub(crate) async fn admitted(
+        mut self: Box<Self>,
+    ) -> Result<(Request, Option<Box<Unclaimed>>), Response> {
         self.ask_to_admit().await?;
-        Ok(self.into_request())
+        let unclaimed = Unclaimed::of(&self.shared, &self.policy, &mut self.head.extensions);
+        Ok((self.into_request(), unclaimed))
     }
 
     async fn run_unclaimed(self: Box<Self>, runner: Runner) -> Response {
         match self.admitted().await {
-            Ok(request) => plain(request, runner).await,
+            Ok((request, unclaimed)) => plain(request, unclaimed, runner).await,
             Err(denied) => denied,
         }
     }
@@ -438,6 +454,9 @@ impl Exchange {
             Ran::Answered(mut response) => {
                 let settle = response.extensions_mut().remove::<Settle>();
                 let settle = settle.unwrap_or(Settle::BY_POLICY);
+                if settle.keeps_effects {
+                    run.keep_effects();
+                }
                 let (response, end) = weigh(&shared, &policy, response, settle).await;
                 Some(match end {
                     End::Forget if settle.fate == Fate::ByPolicy && run.attempt.has_steps() => {
@@ -474,6 +493,13 @@ impl Exchange {
             response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
         let lost = |id| refused(RefusalKind::LeaseLost, id);
         let (mut response, operation_id) = match ended {
+            // What the handler says is not true, or may not be.
+            Ended::TransactionFailed => {
+                (refused(RefusalKind::TransactionFailed, operation_id), operation_id)
+            }
+            Ended::CommitUnknown => {
+                (refused(RefusalKind::CommitUnknown, operation_id), operation_id)
+            }
             _ if policy.mode != Mode::Enforce => (response, operation_id),
             Ended::Own | Ended::Unrecorded => (response, operation_id),
             Ended::Theirs(theirs, id) => match replayed(theirs, policy.replay) {
@@ -586,7 +612,7 @@ enum Unusable {
 impl Unkeyed {
     async fn conduct(self, runner: Runner) -> Response {
         match self {
-            Self::Plain(request) => plain(*request, runner).await,
+            Self::Plain(request, unclaimed) => plain(*request, unclaimed, runner).await,
             Self::Observed(exchange) => exchange.run_unclaimed(runner).await,
             Self::Unprotected(exchange) => unprotected(exchange.run_unclaimed(runner).await),
             Self::Refused(response) => *response,
@@ -602,9 +628,63 @@ fn unprotected(mut response: Response) -> Response {
 }
 
 /// Runs a handler as plain axum does.
-async fn plain(request: Request, runner: Runner) -> Response {
-    match runner(request).await {
-        Ran::Answered(response) | Ran::Rejected(response) => response,
+async fn plain(request: Request, unclaimed: Option<Box<Unclaimed>>, runner: Runner) -> Response {
+    let work = async move {
+        match runner(request).await {
+            Ran::Answered(response) | Ran::Rejected(response) => response,
+        }
+    };
+    match unclaimed {
+        Some(unclaimed) => unclaimed.run(work).await,
+        None => work.await,
+    }
+}
+
+/// A transactional handler that runs without a claim: it has its transaction all the same.
+pub(crate) struct Unclaimed {
+    shared: Arc<Shared>,
+    policy: Resolved,
+    slot: Slot,
+}
+
+impl Unclaimed {
+    fn of(
+        shared: &Arc<Shared>,
+        policy: &Resolved,
+        extensions: &mut Extensions,
+    ) -> Option<Box<Self>> {
+        policy.transaction.then(|| {
+            Box::new(Self {
+                shared: Arc::clone(shared),
+                policy: *policy,
+                slot: extensions.get_or_insert_default::<Slot>().clone(),
+            })
+        })
+    }
+
+    /// Runs the handler; what it did is committed unless its answer is an error.
+    pub(crate) async fn run(self, work: impl Future<Output = Response>) -> Response {
+        let transaction = match self.shared.unclaimed_transaction(&self.slot).await {
+            Ok(transaction) => transaction,
+            Err((kind, error)) => return self.refused(kind, &error),
+        };
+        let response = work.await;
+        let settle = response.extensions().get::<Settle>();
+        let keep =
+            response.status().as_u16() < 400 || settle.is_some_and(|settle| settle.keeps_effects);
+        match transaction.end(&self.shared, keep).await {
+            Ok(()) => response,
+            Err((kind, error)) => self.refused(kind, &error),
+        }
+    }
+
+    fn refused(&self, kind: RefusalKind, error: &StoreError) -> Response {
+        let outcome = Outcome::Refused(kind);
+        self.shared.tell("(without a claim)", None, outcome, Some(error));
+        let refusal = self.shared.render(&self.policy, Refusal::new(kind));
+        let mut response = refusal.map(Body::from);
+        response.extensions_mut().insert(Handled { outcome, operation_id: None });
+        response
     }
 }
 

@@ -14,6 +14,7 @@ mod memory;
 mod row;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod transact;
 mod wake;
 
 use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
@@ -26,6 +27,7 @@ pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
+pub use self::transact::{Begun, Transact, Transaction};
 pub use self::wake::{Signal, Wake};
 use crate::{
     decision::OnUnknown,
@@ -231,6 +233,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn wake(&self) -> Option<&dyn Wake> {
         None
     }
+
+    /// The store's transactions, if an application's effects can be committed with its records.
+    fn transact(&self) -> Option<&dyn Transact> {
+        None
+    }
 }
 
 /// A store behind a pointer, so that a program can choose one when it starts, as `Arc<dyn Store>`.
@@ -291,6 +298,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 
     fn wake(&self) -> Option<&dyn Wake> {
         S::wake(self)
+    }
+
+    fn transact(&self) -> Option<&dyn Transact> {
+        S::transact(self)
     }
 }
 

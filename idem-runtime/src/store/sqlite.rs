@@ -6,6 +6,7 @@
 
 mod batch;
 mod queue;
+mod transaction;
 
 use std::{
     fmt,
@@ -29,7 +30,7 @@ use sqlx::{
 use self::queue::{Op, Queue, Reply};
 use super::{
     Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, Store, StoreError,
-    StoreErrorKind, Written, row::found,
+    StoreErrorKind, Transact, Written, row::found,
 };
 use crate::{
     key::{Key, Token},
@@ -78,6 +79,7 @@ struct Shared {
     pool: SqlitePool,
     clock: Clock,
     queue: Mutex<Queue>,
+    held: transaction::HeldKeys,
     /// An in-memory database lives as long as any connection to it: this one does nothing else, so
     /// that the pool may lose and replace its own.
     anchor: Option<Arc<Mutex<SqliteConnection>>>,
@@ -192,7 +194,13 @@ impl SqliteStore {
         clock: Clock,
         anchor: Option<Arc<Mutex<SqliteConnection>>>,
     ) -> Self {
-        Self(Arc::new(Shared { pool, clock, queue: Mutex::default(), anchor }))
+        Self(Arc::new(Shared {
+            pool,
+            clock,
+            queue: Mutex::default(),
+            held: Mutex::default(),
+            anchor,
+        }))
     }
 
     /// Has a call written with all others that wait.
@@ -384,6 +392,10 @@ impl Store for SqliteStore {
             }
             Ok(removed)
         })
+    }
+
+    fn transact(&self) -> Option<&dyn Transact> {
+        Some(self)
     }
 }
 

@@ -24,13 +24,20 @@ const LAST_TRIES: Duration = Duration::from_secs(10);
 pub(crate) struct Elsewhere {
     /// Whether somebody listens for this engine.
     listens: AtomicBool,
-    /// Keys that are held here and awaited there.
-    awaited: Mutex<HashSet<Key>>,
+    keys: Mutex<Keys>,
+}
+
+#[derive(Debug, Default)]
+struct Keys {
+    /// Held here and awaited there.
+    awaited: HashSet<Key>,
+    /// Held here by transactions, which have no lease.
+    in_transactions: HashSet<Key>,
 }
 
 impl Elsewhere {
-    fn change<T>(&self, change: impl FnOnce(&mut HashSet<Key>) -> T) -> T {
-        change(&mut self.awaited.lock().unwrap_or_else(PoisonError::into_inner))
+    fn change<T>(&self, change: impl FnOnce(&mut Keys) -> T) -> T {
+        change(&mut self.keys.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -62,18 +69,35 @@ impl Shared {
 
     /// A claim of this process is over, however it ended.
     pub(crate) fn let_go(self: &Arc<Self>, key: &Key) {
-        if self.waits.elsewhere.change(|awaited| awaited.remove(key)) {
+        if self.waits.elsewhere.change(|keys| keys.awaited.remove(key)) {
             self.signal(Signal::Ended(*key));
         }
+    }
+
+    /// A transaction of this process holds a key.
+    pub(crate) fn hold_in_transaction(&self, key: Key) {
+        self.waits.elsewhere.change(|keys| keys.in_transactions.insert(key));
+    }
+
+    /// It is over, however it ended.
+    pub(crate) fn let_go_of_transaction(self: &Arc<Self>, key: &Key) {
+        self.waits.elsewhere.change(|keys| keys.in_transactions.remove(key));
+        self.let_go(key);
+    }
+
+    /// Whether a claim on this key is held here.
+    pub(crate) fn holds(&self, key: &Key) -> bool {
+        self.leases.holds(key)
+            || self.waits.elsewhere.change(|keys| keys.in_transactions.contains(key))
     }
 
     fn heard(&self, signal: Signal) {
         match signal {
             Signal::Ended(key) => self.waits.ended(&key),
             // Whoever does not hold it has nothing to tell, and whoever asked looks by himself.
-            Signal::Awaited(key) => self.waits.elsewhere.change(|awaited| {
-                if self.leases.holds(&key) {
-                    awaited.insert(key);
+            Signal::Awaited(key) => self.waits.elsewhere.change(|keys| {
+                if keys.in_transactions.contains(&key) || self.leases.holds(&key) {
+                    keys.awaited.insert(key);
                 }
             }),
         }

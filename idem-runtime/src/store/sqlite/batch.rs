@@ -205,40 +205,8 @@ impl<'c> Batch<'c> {
         Ok(swept.len())
     }
 
-    /// Writes a row over whatever is there.
     async fn put(&mut self, row: Row) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "INSERT INTO idem_records (
-                 key, scope, operation, operation_id, state, scheme, fingerprint, token, attempt,
-                 lease_end, valid_until, kept_until, created, format, flags, payload)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
-             ON CONFLICT (key) DO UPDATE SET
-                 scope = excluded.scope, operation = excluded.operation,
-                 operation_id = excluded.operation_id, state = excluded.state,
-                 scheme = excluded.scheme, fingerprint = excluded.fingerprint,
-                 token = excluded.token, attempt = excluded.attempt,
-                 lease_end = excluded.lease_end, valid_until = excluded.valid_until,
-                 kept_until = excluded.kept_until, created = excluded.created,
-                 format = excluded.format, flags = excluded.flags, payload = excluded.payload",
-        )
-        .bind(&row.key.as_bytes()[..])
-        .bind(&row.scope.as_bytes()[..])
-        .bind(&*row.operation)
-        .bind(&row.operation_id.as_bytes()[..])
-        .bind(state_number(row.state))
-        .bind(&*row.fingerprint.scheme)
-        .bind(&row.fingerprint.digest[..])
-        .bind(&row.token.as_bytes()[..])
-        .bind(i64::from(row.attempt))
-        .bind(row.lease_end)
-        .bind(row.valid_until)
-        .bind(row.kept_until)
-        .bind(row.created)
-        .bind(i64::from(row.format))
-        .bind(i64::from(row.flags.bits()))
-        .bind(&row.payload[..])
-        .execute(&mut *self.transaction)
-        .await?;
+        put(&mut self.transaction, &row).await?;
         self.rows.insert(row.key, Ok(row));
         Ok(())
     }
@@ -251,6 +219,43 @@ impl<'c> Batch<'c> {
         self.rows.remove(key);
         Ok(())
     }
+}
+
+/// Writes a row over whatever is there.
+pub(super) async fn put(connection: &mut SqliteConnection, row: &Row) -> Result<(), sqlx::Error> {
+    let done = sqlx::query(
+        "INSERT INTO idem_records (
+             key, scope, operation, operation_id, state, scheme, fingerprint, token, attempt,
+             lease_end, valid_until, kept_until, created, format, flags, payload)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
+         ON CONFLICT (key) DO UPDATE SET
+             scope = excluded.scope, operation = excluded.operation,
+             operation_id = excluded.operation_id, state = excluded.state,
+             scheme = excluded.scheme, fingerprint = excluded.fingerprint,
+             token = excluded.token, attempt = excluded.attempt,
+             lease_end = excluded.lease_end, valid_until = excluded.valid_until,
+             kept_until = excluded.kept_until, created = excluded.created,
+             format = excluded.format, flags = excluded.flags, payload = excluded.payload",
+    )
+    .bind(&row.key.as_bytes()[..])
+    .bind(&row.scope.as_bytes()[..])
+    .bind(&*row.operation)
+    .bind(&row.operation_id.as_bytes()[..])
+    .bind(state_number(row.state))
+    .bind(&*row.fingerprint.scheme)
+    .bind(&row.fingerprint.digest[..])
+    .bind(&row.token.as_bytes()[..])
+    .bind(i64::from(row.attempt))
+    .bind(row.lease_end)
+    .bind(row.valid_until)
+    .bind(row.kept_until)
+    .bind(row.created)
+    .bind(i64::from(row.format))
+    .bind(i64::from(row.flags.bits()))
+    .bind(&row.payload[..])
+    .execute(connection)
+    .await;
+    done.map(drop)
 }
 
 fn answer<T: Send + 'static>(

@@ -1,0 +1,326 @@
+//! Transactional handlers: effects and record are committed together, or neither is.
+
+#![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::State,
+    http::{Request, StatusCode},
+    response::Response,
+    routing::post,
+};
+use http_body_util::BodyExt;
+use idem_runtime::{
+    Anchor, Idempotency, IdempotentExt, InFlight, Operation, Policy, Recording, Scope, Settle, Tx,
+    store::SqliteStore,
+};
+use sqlx::{
+    Sqlite, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode},
+};
+use tempfile::TempDir;
+use tokio::sync::{Notify, Semaphore};
+use tower::ServiceExt;
+
+const POLICY: Policy = Policy::new(Anchor::header("Idempotency-Key")).transaction();
+
+/// A bank with one table, and a handler that adds one row for each request that it does.
+struct Bank {
+    pool: SqlitePool,
+    shop: Arc<Counter>,
+    app: Router,
+    _directory: TempDir,
+}
+
+/// What the handler is told by its requests, and what it can be held at.
+#[derive(Debug)]
+struct Counter {
+    runs: AtomicUsize,
+    reached: Notify,
+    go_on: Semaphore,
+    kept: std::sync::Mutex<Option<Tx<Sqlite>>>,
+}
+
+#[derive(Clone, Debug)]
+struct App {
+    idem: Idempotency,
+    counter: Arc<Counter>,
+}
+
+impl axum::extract::FromRef<App> for Idempotency {
+    fn from_ref(app: &App) -> Self {
+        app.idem.clone()
+    }
+}
+
+async fn deposit(
+    State(app): State<App>,
+    operation: Operation,
+    mut tx: Tx<Sqlite>,
+    body: String,
+) -> (StatusCode, Settle, String) {
+    let run = app.counter.runs.fetch_add(1, Ordering::SeqCst) + 1;
+    let id = operation.id().to_string();
+    sqlx::query("INSERT INTO deposits (what, operation) VALUES (?1, ?2)")
+        .bind(&body)
+        .bind(&id)
+        .execute(&mut *tx)
+        .await
+        .expect("a row");
+    let recorded = Settle::recorded();
+    match body.as_str() {
+        "fails" => (StatusCode::INTERNAL_SERVER_ERROR, Settle::for_time(DAY), "failed".into()),
+        "refuses" => (StatusCode::CONFLICT, Settle::for_time(DAY), "refused".into()),
+        "refuses for good" => (StatusCode::CONFLICT, recorded, "refused".into()),
+        "refuses and keeps" => (StatusCode::CONFLICT, recorded.keeping_effects(), id),
+        "panics" => panic!("as told"),
+        "waits" => {
+            app.counter.reached.notify_one();
+            app.counter.go_on.acquire().await.expect("open").forget();
+            (StatusCode::CREATED, Settle::for_time(DAY), format!("run {run}"))
+        }
+        "keeps" => {
+            *app.counter.kept.lock().expect("a lock") = Some(tx);
+            (StatusCode::CREATED, Settle::for_time(DAY), "kept".into())
+        }
+        "breaks" => {
+            let broken = sqlx::query("INSERT INTO nowhere VALUES (1)").execute(&mut *tx).await;
+            assert!(broken.is_err());
+            (StatusCode::BAD_REQUEST, Settle::for_time(DAY), "broken".into())
+        }
+        "nests" => {
+            use sqlx::Connection as _;
+            let mut inner = tx.begin().await.expect("a savepoint");
+            let more = sqlx::query("INSERT INTO deposits (what) VALUES ('inner')");
+            more.execute(&mut *inner).await.expect("a row");
+            inner.rollback().await.expect("a rollback");
+            (StatusCode::CREATED, Settle::for_time(DAY), "nested".into())
+        }
+        "steps" => {
+            let step = operation.step("one", async { Ok::<_, std::io::Error>(1) }).await;
+            let said = step.expect_err("no steps").to_string();
+            (StatusCode::CREATED, Settle::for_time(DAY), said)
+        }
+        _ => (StatusCode::CREATED, Settle::for_time(DAY), format!("run {run}")),
+    }
+}
+
+const DAY: idem_runtime::Ttl = idem_runtime::Ttl::For(Duration::from_secs(24 * 60 * 60));
+
+impl Bank {
+    async fn open() -> Self {
+        Self::with(POLICY).await
+    }
+
+    async fn with(policy: Policy) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let options = SqliteConnectOptions::new()
+            .filename(directory.path().join("bank.db"))
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .busy_timeout(Duration::from_secs(5));
+        let pool = SqlitePool::connect_with(options).await.expect("a database");
+        SqliteStore::create_tables(&pool).await.expect("tables");
+        sqlx::raw_sql("CREATE TABLE deposits (what TEXT NOT NULL, operation TEXT)")
+            .execute(&pool)
+            .await
+            .expect("a table");
+        let counter = Arc::new(Counter {
+            runs: AtomicUsize::new(0),
+            reached: Notify::new(),
+            go_on: Semaphore::new(0),
+            kept: std::sync::Mutex::default(),
+        });
+        let store = SqliteStore::from_pool(pool.clone()).await.expect("a store");
+        let idem = Idempotency::builder(store).scope(Scope::global()).build();
+        let app = App { idem, counter: Arc::clone(&counter) };
+        let app = Router::new().route("/", post(deposit.idempotent(policy))).with_state(app);
+        Self { pool, shop: counter, app, _directory: directory }
+    }
+
+    async fn send(&self, key: &str, body: &str) -> (StatusCode, bool, String) {
+        told(self.ask(Some(key), body).await).await
+    }
+
+    fn ask(&self, key: Option<&str>, body: &str) -> impl Future<Output = Response> + Send + use<> {
+        let mut request = Request::post("/");
+        if let Some(key) = key {
+            request = request.header("Idempotency-Key", key);
+        }
+        let request = request.body(Body::from(body.to_owned())).expect("a request");
+        let app = self.app.clone();
+        async move { app.oneshot(request).await.expect("an answer") }
+    }
+
+    async fn deposits(&self) -> i64 {
+        let count = sqlx::query_scalar("SELECT count(*) FROM deposits");
+        count.fetch_one(&self.pool).await.expect("a count")
+    }
+
+    async fn records(&self) -> i64 {
+        let count = sqlx::query_scalar("SELECT count(*) FROM idem_records");
+        count.fetch_one(&self.pool).await.expect("a count")
+    }
+
+    fn runs(&self) -> usize {
+        self.shop.runs.load(Ordering::SeqCst)
+    }
+}
+
+async fn told(response: Response) -> (StatusCode, bool, String) {
+    let status = response.status();
+    let replayed = response.headers().contains_key("idempotent-replayed");
+    let body = response.into_body().collect().await.expect("a body").to_bytes();
+    (status, replayed, String::from_utf8_lossy(&body).into_owned())
+}
+
+#[tokio::test]
+async fn effect_and_record_are_there_together_once() {
+    let bank = Bank::open().await;
+    let first = bank.send("k", "a").await;
+    assert_eq!(first, (StatusCode::CREATED, false, "run 1".into()));
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 1));
+    assert_eq!(bank.send("k", "a").await, (StatusCode::CREATED, true, "run 1".into()));
+    assert_eq!(bank.send("k", "b").await.0, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
+}
+
+#[tokio::test]
+async fn whatever_is_not_recorded_is_undone_and_the_key_is_free() {
+    let bank = Bank::open().await;
+    for (body, status) in [("fails", 500), ("refuses", 409), ("panics", 500), ("breaks", 400)] {
+        let runs = bank.runs();
+        for again in 1..=2 {
+            assert_eq!(bank.send(body, body).await.0.as_u16(), status, "{body}");
+            assert_eq!(bank.runs(), runs + again, "{body}");
+            assert_eq!((bank.deposits().await, bank.records().await), (0, 0), "{body}");
+        }
+    }
+    assert_eq!(bank.send("fails", "now it works").await.0, StatusCode::CREATED);
+    assert_eq!(bank.deposits().await, 1);
+}
+
+#[tokio::test]
+async fn a_recorded_error_is_committed_without_its_effects_unless_they_are_kept() {
+    let bank = Bank::open().await;
+    let (status, _, _) = bank.send("k", "refuses for good").await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    assert_eq!((bank.deposits().await, bank.records().await), (0, 1));
+    assert!(bank.send("k", "refuses for good").await.1);
+    let (status, _, _) = bank.send("l", "refuses and keeps").await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 2));
+    let bank = Bank::with(POLICY.record(Recording::Final)).await;
+    bank.send("k", "refuses").await;
+    assert_eq!((bank.deposits().await, bank.records().await), (0, 1));
+    assert!(bank.send("k", "refuses").await.1);
+}
+
+#[tokio::test]
+async fn duplicates_of_a_running_one_are_refused_at_once() {
+    let bank = Bank::open().await;
+    let running = tokio::spawn(bank.ask(Some("k"), "waits"));
+    bank.shop.reached.notified().await;
+    for _ in 0..10 {
+        let (status, _, body) = bank.send("k", "waits").await;
+        assert_eq!(status, StatusCode::CONFLICT);
+        assert!(body.contains("in_flight"), "{body}");
+    }
+    // Its fingerprint is nobody's to see before the commit.
+    assert!(bank.send("k", "another").await.2.contains("in_flight"));
+    bank.shop.go_on.add_permits(1);
+    assert_eq!(running.await.expect("an owner").status(), StatusCode::CREATED);
+    assert_eq!(bank.send("k", "waits").await, (StatusCode::CREATED, true, "run 1".into()));
+    assert_eq!(bank.send("k", "another").await.0, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
+}
+
+#[tokio::test]
+async fn duplicates_may_wait_for_the_commit() {
+    let wait = InFlight::Wait(Duration::from_secs(20));
+    let bank = Bank::with(POLICY.in_flight(wait)).await;
+    let running = tokio::spawn(bank.ask(Some("k"), "waits"));
+    bank.shop.reached.notified().await;
+    let waiting: Vec<_> = (0..20).map(|_| tokio::spawn(bank.ask(Some("k"), "waits"))).collect();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    bank.shop.go_on.add_permits(1);
+    assert_eq!(running.await.expect("an owner").status(), StatusCode::CREATED);
+    for waiter in waiting {
+        let answer = told(waiter.await.expect("a waiter")).await;
+        assert_eq!(answer, (StatusCode::CREATED, true, "run 1".into()));
+    }
+    assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_changes_nothing() {
+    let bank = Bank::open().await;
+    let running = tokio::spawn(bank.ask(Some("k"), "waits"));
+    bank.shop.reached.notified().await;
+    running.abort();
+    assert!(running.await.is_err());
+    bank.shop.go_on.add_permits(1);
+    loop {
+        let (status, replayed, body) = bank.send("k", "waits").await;
+        if replayed {
+            assert_eq!((status, &*body), (StatusCode::CREATED, "run 1"));
+            break;
+        }
+        assert!(body.contains("in_flight"), "{body}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_transaction_that_is_kept_beyond_the_return_is_not_committed() {
+    let bank = Bank::open().await;
+    let (status, _, body) = bank.send("k", "keeps").await;
+    assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert!(body.contains("transaction_failed"), "{body}");
+    drop(bank.shop.kept.lock().expect("a lock").take());
+    assert_eq!((bank.deposits().await, bank.records().await), (0, 0));
+    assert_eq!(bank.send("k", "again").await.0, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn savepoints_of_the_handlers_own_are_its_own() {
+    let bank = Bank::open().await;
+    assert_eq!(bank.send("k", "nests").await.0, StatusCode::CREATED);
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 1));
+}
+
+#[tokio::test]
+async fn steps_are_refused_with_a_reason() {
+    let bank = Bank::open().await;
+    let (_, _, body) = bank.send("k", "steps").await;
+    assert_eq!(body, "a transactional handler has no steps");
+}
+
+#[tokio::test]
+async fn the_operation_is_the_same_after_a_rollback_and_another_one_for_another_request() {
+    let bank = Bank::open().await;
+    let (_, _, first) = bank.send("k", "refuses and keeps").await;
+    sqlx::query("DELETE FROM idem_records").execute(&bank.pool).await.expect("deleted");
+    assert_eq!(bank.send("k", "refuses and keeps").await.2, first);
+    assert_ne!(bank.send("l", "refuses and keeps").await.2, first);
+}
+
+#[tokio::test]
+async fn without_a_key_the_handler_has_its_transaction_all_the_same() {
+    let bank = Bank::with(POLICY.optional()).await;
+    assert_eq!(bank.ask(None, "a").await.status(), StatusCode::CREATED);
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 0));
+    assert_eq!(bank.ask(None, "refuses").await.status(), StatusCode::CONFLICT);
+    assert_eq!(bank.ask(None, "fails").await.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 0));
+}
