@@ -6,6 +6,7 @@ use http::HeaderValue;
 use uuid::Uuid;
 
 use crate::{
+    builder::IGNORED,
     engine::Shared,
     hooks::Settle,
     key::OperationId,
@@ -55,13 +56,17 @@ pub(super) fn say(
     operation_id: Option<OperationId>,
 ) {
     response.extensions_mut().insert(Handled { outcome, operation_id });
-    if let (Mode::Enforce, Some(name), Some(id)) =
-        (policy.mode, &shared.operation_header, operation_id)
-    {
+    if policy.mode != Mode::Enforce {
+        return;
+    }
+    let headers = response.headers_mut();
+    // Further in the key may have had no use: here it has.
+    headers.remove(IGNORED);
+    if let (Some(name), Some(id)) = (&shared.operation_header, operation_id) {
         let mut text = Uuid::encode_buffer();
         let text = id.as_uuid().hyphenated().encode_lower(&mut text);
         if let Ok(value) = HeaderValue::from_str(text) {
-            response.headers_mut().insert(name.clone(), value);
+            headers.insert(name.clone(), value);
         }
     }
 }
