@@ -86,14 +86,26 @@ impl Idempotency {
     /// A replay runs nothing of what is inside, extractors included, and `admit` and `recover`
     /// functions of the policy see no router state.
     ///
+    /// # Keys that are not used
+    ///
+    /// A key in a header or in the query that is sent to a read, or to an excepted route, has no
+    /// effect, and that is said: by the header [`IGNORED`](crate::IGNORED), and as
+    /// [`Outcome::Ignored`](crate::Outcome::Ignored) to the observer and in
+    /// [`Handled`](crate::Handled). What may be a key in a path or a body is not looked for.
+    ///
     /// # Together with a handler's own policy
     ///
     /// Both hold: the layer claims first, each has a record of its own, and the handler's replay is
-    /// to the layer an answer like any other. What the handler's policy refuses, the layer does not
-    /// record. If both wait for running requests, they wait no longer than the layer would. The
-    /// layer's keys are apart from the handlers', so that adding the one or the other to a running
-    /// service makes no request new. Only where both name the same space and find the same key is
-    /// there one claim and one record, the layer's.
+    /// to the layer an answer like any other. What the handler says by [`Settle`](crate::Settle)
+    /// holds for both. What the handler's policy refuses, the layer does not record: it releases its
+    /// claim if the handler may have run, and forgets it otherwise. (It reads that in the response's
+    /// extensions: a layer in between that builds a new response must take them over.) If both wait
+    /// for running requests, they wait no longer than the layer would.
+    ///
+    /// The layer's keys are apart from the handlers', so a layer can be put over annotated handlers,
+    /// or a handler behind a layer annotated, in a running service. In place of each other they find
+    /// none of the other's records: keep both for as long as records live. Only where both name the
+    /// same space and find the same key is there one claim and one record, the layer's.
     ///
     /// # Panics
     ///

@@ -350,16 +350,16 @@ impl Exchange {
 
     async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Conducted {
         let shared = Arc::clone(&self.shared);
-        let operation = Operation::of(&mut self.head.extensions);
         // One key has one record: the claim that this request has already protects this run, too.
-        if operation.is_claimed_further_out(&shared, &call.key) {
+        let known = self.head.extensions.get::<Operation>();
+        if known.is_some_and(|operation| operation.is_claimed_further_out(&shared, &call.key)) {
             return Conducted::Answered(Box::new(self.run_unclaimed(runner).await));
         }
         let until = self.may_wait_until();
         let admission = shared.admit(&call, &mut *self).await;
         let enforced = self.policy.mode == Mode::Enforce;
         let response = match admission {
-            Admission::Run(run) => self.run(run, operation, runner).await,
+            Admission::Run(run) => self.run(run, runner).await,
             Admission::Replay { response, operation_id } => {
                 self.tell(Outcome::Replayed, Some(operation_id));
                 match enforced {
@@ -482,8 +482,9 @@ impl Exchange {
         }
     }
 
-    async fn run(self: Box<Self>, run: Run, operation: Operation, runner: Runner) -> Response {
+    async fn run(mut self: Box<Self>, run: Run, runner: Runner) -> Response {
         let (shared, policy) = (Arc::clone(&self.shared), self.policy);
+        let operation = Operation::of(&mut self.head.extensions);
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
         // On the level that services run with: what a handler logs in production is to lead to its

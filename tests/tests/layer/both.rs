@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use axum::{
     Router,
-    extract::{FromRef, State},
+    extract::{FromRef, Request, State},
     http::StatusCode,
-    middleware::map_response,
-    response::{IntoResponse, Response},
+    middleware::{Next, from_fn_with_state, map_response},
+    response::{AppendHeaders, IntoResponse, Response},
     routing::post,
 };
 use idem_runtime::{
@@ -34,6 +34,7 @@ on_both_stores! {
     a_space_that_both_name_has_one_record,
     a_key_that_only_the_handler_uses_is_used,
     what_a_handler_says_of_its_answer_holds_for_both,
+    what_a_layer_in_between_did_counts_after_a_refusal,
 }
 
 with_faults_on_both_stores!(
@@ -167,6 +168,37 @@ async fn what_a_handler_says_of_its_answer_holds_for_both(bench: Bench) {
     let twice: Vec<_> =
         bench.told.outcomes().into_iter().filter(|told| ends.contains(told)).collect();
     assert_eq!(twice, [ends[0], ends[0], ends[1], ends[1], ends[2], ends[2], ends[2], ends[2]]);
+}
+
+/// A layer that takes a step of its own.
+async fn audit(
+    State(effects): State<Effects>,
+    operation: Operation,
+    request: Request,
+    next: Next,
+) -> impl IntoResponse {
+    let audit = async || Ok::<_, StatusCode>(effects.happen());
+    let number = operation.step("audit", audit()).await.unwrap();
+    (AppendHeaders([("x-audit", number.to_string())]), next.run(request).await)
+}
+
+async fn what_a_layer_in_between_did_counts_after_a_refusal(bench: Bench) {
+    let app = app(&bench);
+    let audit = from_fn_with_state(app.effects.clone(), audit);
+    let other = Policy::new(Anchor::header("X-Own"));
+    let routes = Router::new().route("/", post((async || "done").idempotent(other)));
+    let routes = routes.with_state(app.engine.clone()).layer(audit);
+    let server = Server::start(routes.layer(app.engine.layer(WRITES))).await;
+    let refused = ask(&server, Method::POST, "/").await;
+    refused.assert_refused(400, "key_missing");
+    assert_eq!(bench.told.outcomes()[1..], [Outcome::Released]);
+    let retry = send(server.post("/", "k", "").header("x-own", "o")).await;
+    retry.assert_is(200, "done", false);
+    assert_eq!(
+        (retry.header("x-audit"), operation_of(&retry)),
+        (Some("1"), operation_of(&refused))
+    );
+    assert_eq!(bench.effects.count(), 1);
 }
 
 /// A process: the shop's annotated handler under a layer.
