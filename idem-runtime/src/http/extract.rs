@@ -11,7 +11,10 @@ use http::{Extensions, StatusCode, request::Parts};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
-use super::serve::{AnyState, Arguments, Exchange, Opened, Ran, Unclaimed, Unkeyed, serve};
+use super::{
+    serve::{AnyState, Arguments, Exchange, Opened, Ran, Unkeyed, serve},
+    unclaimed::Unclaimed,
+};
 use crate::{
     engine::Idempotency,
     hooks::{AnyResponse, Denied, Recovered, Recovery, Settle},
@@ -317,7 +320,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Operation {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(parts.extensions.get_or_insert_default::<Self>().clone())
+        Ok(Self::of(&mut parts.extensions))
     }
 }
 
