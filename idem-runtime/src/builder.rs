@@ -89,7 +89,7 @@ impl<S: fmt::Debug> fmt::Debug for Builder<S> {
 
 /// What is never recorded unless asked for: what speaks of one connection, of one moment, or to
 /// one caller.
-const LEFT_OUT: [HeaderName; 15] = [
+pub(crate) const LEFT_OUT: [HeaderName; 15] = [
     http::header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),

@@ -31,7 +31,7 @@
 //! |---|---|
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
 //! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
-//! | `testing` | the laws of the [`Store`](store::Store) trait as public tests |
+//! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) trait as public tests |
 //!
 //! None is on by default; the memory store needs none.
 

@@ -2,11 +2,15 @@
 //!
 //! Nothing outside this folder and the hidden module of generated code names axum.
 
+#[cfg(feature = "testing")]
+mod assert;
 mod body;
 mod combinator;
 mod extract;
 mod serve;
 
+#[cfg(feature = "testing")]
+pub use self::assert::{BrokenPromise, BrokenPromises, Check, Phase, Promise, assert_idempotent};
 pub(crate) use self::extract::ProvidesEngine;
 pub use self::{
     combinator::{Idempotent, IdempotentExt},
