@@ -35,10 +35,10 @@ impl fmt::Display for Promise {
             Self::OneEffect => "the effect must happen once",
             Self::OneAnswer => "every later request must get the recorded answer",
             Self::MarkedReplays => "a replay must say `Idempotent-Replayed: true`",
-            Self::NoWrongAnswer => "another request with the same key must be refused",
+            Self::NoWrongAnswer => "a key that was used must be refused",
             Self::NoWedge => "a key must not stay in flight",
-            Self::NoKeyNoRun => "a request without a key must be refused",
-            Self::OwnKeys => "the same key in another scope must be another key",
+            Self::NoKeyNoRun => "a request must be refused",
+            Self::OwnKeys => "the same key must be another key",
         })
     }
 }
@@ -65,7 +65,7 @@ impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Retry => "on a retry",
-            Self::OtherRequest => "on another request with the same key",
+            Self::OtherRequest => "on another request",
             Self::Duplicates => "on fifty duplicates at once",
             Self::HangUp => "when the client hangs up",
             Self::WithoutKey => "without a key",
