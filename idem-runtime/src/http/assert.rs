@@ -88,8 +88,9 @@ type MakeKey = Box<dyn Fn() -> BoxFuture<'static, String> + Send + Sync>;
 /// the same key, fifty at once, and hangs up after each number of polls.
 ///
 /// Each phase has keys of its own, so the store may be shared and need not be empty. It takes real
-/// time where the handler does. Duplicates run on all threads of the runtime: a race needs
-/// `#[tokio::test(flavor = "multi_thread")]` to be seen.
+/// time where the handler does. Duplicates first take turns at each await, and then run on all threads
+/// of the runtime: a race between two awaits needs `#[tokio::test(flavor = "multi_thread")]` to be
+/// seen.
 ///
 /// Without a counter of [effects](Self::effects) only answers are compared: a handler whose second
 /// run answers the same as the first cannot be told from one that runs once. Count the effect.
@@ -376,17 +377,28 @@ impl Check {
     }
 
     async fn duplicates(&self, report: &mut Report, unit: usize) {
+        // In one task they take turns at each await, so that a gap between two awaits is always
+        // found; in many they really are at work at once, where the runtime has the threads.
+        for at_once in [false, true] {
+            self.duplicates_of_one(report, unit, at_once).await;
+        }
+    }
+
+    async fn duplicates_of_one(&self, report: &mut Report, unit: usize, at_once: bool) {
         let (phase, since, key) = (Phase::Duplicates, self.count(), (self.keys)().await);
         let start = Arc::new(Barrier::new(DUPLICATES));
         let asking = (0..DUPLICATES).map(|_| {
             let (app, request) = (self.app.clone(), (self.request)(&key));
             let start = Arc::clone(&start);
-            tokio::spawn(async move {
+            async move {
                 start.wait().await;
                 app.ask(request).await
-            })
+            }
         });
-        let got: Vec<_> = join_all(asking).await.into_iter().flatten().collect();
+        let got: Vec<_> = match at_once {
+            true => join_all(asking.map(tokio::spawn)).await.into_iter().flatten().collect(),
+            false => join_all(asking).await,
+        };
         self.expect_effects(report, phase, since, unit);
         let mut answers = Vec::new();
         for one in &got {
