@@ -16,8 +16,10 @@ use crate::{
     leases::Leases,
     observer::{Observer, Tracing},
     policy::Options,
+    record::RecordedResponse,
     refusal::{ProblemDocuments, Refusals},
-    store::Store,
+    seal::Seal,
+    store::{Redact, Sealed, Store, Veil},
     waits::Waits,
 };
 
@@ -66,6 +68,8 @@ pub struct Builder<S> {
     scope: S,
     pub(crate) options: Options,
     digester: Digester,
+    seal: Option<Arc<dyn Seal>>,
+    redact: Option<Redact>,
     limits: Limits,
     observer: Arc<dyn Observer>,
     refusals: Arc<dyn Refusals>,
@@ -98,7 +102,7 @@ pub const OPERATION: HeaderName = HeaderName::from_static("idempotent-operation"
 
 /// What is never recorded unless asked for: what speaks of one connection, of one moment, or to
 /// one caller.
-const LEFT_OUT: [HeaderName; 15] = [
+pub(crate) const LEFT_OUT: [HeaderName; 15] = [
     http::header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -124,6 +128,8 @@ impl Idempotency {
             scope: Unscoped,
             options: Options::NONE,
             digester: Digester::Plain,
+            seal: None,
+            redact: None,
             limits: Limits::DEFAULT,
             observer: Arc::new(Tracing),
             refusals: Arc::new(ProblemDocuments),
@@ -143,6 +149,8 @@ impl Builder<Unscoped> {
             scope: Scoped(scope),
             options: self.options,
             digester: self.digester,
+            seal: self.seal,
+            redact: self.redact,
             limits: self.limits,
             observer: self.observer,
             refusals: self.refusals,
@@ -159,9 +167,13 @@ impl Builder<Scoped> {
     pub fn build(self) -> Idempotency {
         let mut left_out = self.left_out;
         left_out.extend([REPLAYED, IGNORED].into_iter().chain(self.operation_header.clone()));
+        let store = match (self.seal, self.redact) {
+            (None, None) => self.store,
+            (seal, redact) => Arc::new(Sealed { store: self.store, veil: Veil { seal, redact } }),
+        };
         Idempotency {
             shared: Arc::new(Shared {
-                store: self.store,
+                store,
                 digester: self.digester,
                 options: self.options,
                 scope: self.scope.0,
@@ -194,6 +206,39 @@ impl<S> Builder<S> {
         let secret = secret.as_ref();
         assert!(!secret.is_empty(), "secret: an empty one keeps nothing secret");
         self.digester = Digester::keyed(secret);
+        self
+    }
+
+    /// Seals what is stored: answers, what is bound to issued keys, the results of steps. Default:
+    /// they are stored as they are. All processes that share the store need the same seal. See
+    /// [`Seal`] for what stays readable, and say a [secret](Self::secret) as well.
+    ///
+    /// On a store that has records already, unsealed ones are refused as unreadable, until their
+    /// time is over or unless the seal accepts them.
+    pub fn seal(mut self, seal: impl Seal) -> Self {
+        self.seal = Some(Arc::new(seal));
+        self
+    }
+
+    /// Takes out of each answer what must not be stored, before it is sealed. Whoever caused the
+    /// effect gets the whole answer; every replay is of what was stored, without it, and so is a
+    /// retry whose first answer was lost on the way.
+    ///
+    /// A redaction that panics leaves a tombstone: that it was done is recorded, and no answer.
+    ///
+    /// ```
+    /// # use idem_runtime::{Idempotency, Scope, store::MemoryStore};
+    /// let idem = Idempotency::builder(MemoryStore::new())
+    ///     .scope(Scope::header("X-API-Key"))
+    ///     .redact(|answer| answer.headers.retain(|(name, _)| name != "x-session-token"))
+    ///     .build();
+    /// # let _ = idem;
+    /// ```
+    pub fn redact(
+        mut self,
+        redact: impl Fn(&mut RecordedResponse) + Send + Sync + 'static,
+    ) -> Self {
+        self.redact = Some(Arc::new(redact));
         self
     }
 

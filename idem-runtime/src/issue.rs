@@ -9,8 +9,8 @@ use crate::{
     engine::Idempotency,
     key::{OperationId, Space, Token, Values},
     operation::Operation,
-    record::{FORMAT, Progress, Ttl},
-    store::{Issue, StoreError, Written},
+    record::{FORMAT, Progress, Record, State, Ttl},
+    store::{Issue, StoreError, StoreErrorKind, Written},
 };
 
 impl Idempotency {
@@ -90,16 +90,20 @@ impl Idempotency {
         match shared.issue(&issue).await? {
             Written::Done => Ok(payload),
             Written::Fenced(record) if record.valid_left.is_over() => Err(IssueError::Expired),
-            Written::Fenced(record) => bound(&record.payload),
+            Written::Fenced(record) => bound(&record),
             Written::Gone => Err(IssueError::AlreadyUsed),
         }
     }
 }
 
 /// What is bound to a key that was issued before.
-fn bound<T: DeserializeOwned>(payload: &Bytes) -> Result<T, IssueError> {
+fn bound<T: DeserializeOwned>(record: &Record) -> Result<T, IssueError> {
     // A completed record carries the answer and no longer the payload.
-    let progress = Progress::decode(payload).map_err(|_| IssueError::AlreadyUsed)?;
+    if record.state == State::Completed {
+        return Err(IssueError::AlreadyUsed);
+    }
+    let progress = Progress::decode(&record.payload)
+        .map_err(|error| StoreError::caused_by("idem", StoreErrorKind::Corrupt, error))?;
     let issued = progress.issued.ok_or(IssueError::AlreadyUsed)?;
     serde_json::from_slice(&issued).map_err(IssueError::Payload)
 }

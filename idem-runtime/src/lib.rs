@@ -31,7 +31,8 @@
 //! | feature | |
 //! |---|---|
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
-//! | `testing` | the laws of the [`Store`](store::Store) trait as public tests |
+//! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
+//! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) trait as public tests |
 //!
 //! None is on by default; the memory store needs none.
 
@@ -54,6 +55,7 @@ mod operation;
 mod policy;
 mod record;
 mod refusal;
+mod seal;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -85,3 +87,6 @@ pub use record::{
     CorruptPayload, FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl,
 };
 pub use refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals};
+#[cfg(feature = "seal")]
+pub use seal::KeyRing;
+pub use seal::{Seal, SealError};

@@ -11,6 +11,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use crate::{
     decision::Seen,
     key::{Key, OperationId, ScopeDigest, Token},
+    seal::{self, SealError},
 };
 
 /// The version of the record that this release writes, and the newest that it reads.
@@ -72,6 +73,11 @@ impl Flags {
     /// The bits.
     pub const fn bits(self) -> u16 {
         self.0
+    }
+
+    /// These flags and those of `other`.
+    pub const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     /// Whether all flags of `other` are set here too.
@@ -238,16 +244,16 @@ impl RecordedResponse {
     pub fn decode(payload: &Bytes) -> Result<Self, CorruptPayload> {
         let mut rest = payload.clone();
         if take(&mut rest, 1)?[0] != RESPONSE {
-            return Err(CorruptPayload(()));
+            return Err(CorruptPayload::of(payload));
         }
         let status = u16::from_be_bytes(take_array(&mut rest)?);
         if !(100..=999).contains(&status) {
-            return Err(CorruptPayload(()));
+            return Err(CorruptPayload(None));
         }
         let count = u32::from_be_bytes(take_array(&mut rest)?) as usize;
         // Each header takes eight bytes at least, so a wild count allocates nothing.
         if count > rest.len() / 8 {
-            return Err(CorruptPayload(()));
+            return Err(CorruptPayload(None));
         }
         let mut headers = Vec::with_capacity(count);
         for _ in 0..count {
@@ -318,7 +324,7 @@ impl Progress {
             return Ok(Self::default());
         }
         let [PROGRESS, has_issued @ (0 | 1)] = take_array(&mut rest)? else {
-            return Err(CorruptPayload(()));
+            return Err(CorruptPayload::of(payload));
         };
         let issued = match has_issued {
             1 => {
@@ -330,14 +336,14 @@ impl Progress {
         let steps_of = match take_array(&mut rest)? {
             [0] => None,
             [1] => Some(OperationId::from_bytes(take_array(&mut rest)?)),
-            _ => return Err(CorruptPayload(())),
+            _ => return Err(CorruptPayload(None)),
         };
         let mut steps = Vec::new();
         while !rest.is_empty() {
             let name = u32::from_be_bytes(take_array(&mut rest)?) as usize;
             let result = u32::from_be_bytes(take_array(&mut rest)?) as usize;
             let name = String::from_utf8(take(&mut rest, name)?.into());
-            let name = name.map_err(|_| CorruptPayload(()))?;
+            let name = name.map_err(|_| CorruptPayload(None))?;
             steps.push((name, take(&mut rest, result)?));
         }
         Ok(Self { issued, steps_of, steps })
@@ -357,22 +363,30 @@ impl fmt::Debug for Progress {
 
 fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, CorruptPayload> {
     if rest.len() < length {
-        return Err(CorruptPayload(()));
+        return Err(CorruptPayload(None));
     }
     Ok(rest.split_to(length))
 }
 
 fn take_array<const N: usize>(rest: &mut Bytes) -> Result<[u8; N], CorruptPayload> {
-    let (head, _) = rest.split_first_chunk::<N>().ok_or(CorruptPayload(()))?;
+    let (head, _) = rest.split_first_chunk::<N>().ok_or(CorruptPayload(None))?;
     let head = *head;
     let _ = rest.split_to(N);
     Ok(head)
 }
 
-/// A record's payload is not a response that this release can read.
+/// A record's payload is not one that this release can read; the source says so where its seal is
+/// the reason.
 #[derive(Debug, thiserror::Error)]
-#[error("the recorded response is damaged")]
-pub struct CorruptPayload(());
+#[error("the record's payload is damaged")]
+pub struct CorruptPayload(#[source] Option<SealError>);
+
+impl CorruptPayload {
+    /// Of a payload that is of another kind than was asked for.
+    fn of(payload: &Bytes) -> Self {
+        Self(seal::why_unreadable(payload))
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,54 @@
-//! The laws of the [`Store`] trait as tests that any store can run (feature `testing`).
+//! For tests (feature `testing`): of handlers that are to be safe to retry, and of stores.
 //!
+//! # Handlers
+//!
+//! [`assert_idempotent`] sends a router the same request again, another one with its key, fifty at
+//! once, and hangs up at each await; it panics and says in words which promise was broken.
+//! [`Check`] does the same with more to say: a counter of effects above all.
+//!
+//! A test need not wait for a lease or a time to live. The embedded stores take a
+//! [`ManualClock`](crate::store::ManualClock), which stands still until the test advances it:
+//!
+//! ```
+//! use std::time::Duration;
+//! use axum::{Router, body::Body, http::Request, routing::post};
+//! use idem_runtime::{
+//!     Anchor, Idempotency, IdempotentExt, Policy, Scope,
+//!     store::{Clock, MemoryStore},
+//! };
+//! use tower::ServiceExt;
+//!
+//! const POLICY: Policy =
+//!     Policy::new(Anchor::header("Idempotency-Key").ttl(Duration::from_secs(60 * 60)));
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let clock = Clock::manual();
+//! let store = MemoryStore::builder().clock(clock.clone()).build();
+//! let idem = Idempotency::builder(store).scope(Scope::global()).build();
+//! let pay = || async { "paid" };
+//! let app = Router::new().route("/pay", post(pay.idempotent(POLICY))).with_state(idem);
+//!
+//! let is_replay = async || {
+//!     let request = Request::post("/pay").header("Idempotency-Key", "k").body(Body::empty());
+//!     let response = app.clone().oneshot(request.unwrap()).await.unwrap();
+//!     response.headers().contains_key("idempotent-replayed")
+//! };
+//! assert!(!is_replay().await);
+//! clock.advance(Duration::from_secs(59 * 60));
+//! assert!(is_replay().await);
+//! // The hour is over: the key is as good as new.
+//! clock.advance(Duration::from_secs(60));
+//! assert!(!is_replay().await);
+//! # }
+//! ```
+//!
+//! The clock is the store's alone. What the engine waits for itself, a store that does not answer
+//! or a response that does not end, takes tokio's time, which `tokio::time::pause` stops.
+//!
+//! # Stores
+//!
+//! The laws of the [`Store`] trait are tests that any store can run.
 //! A store that passes them is one that the engine can rely on. Write a [`StoreFixture`] for it and
 //! name it in [`store_laws!`](crate::store_laws); each law then is a test of its own. A law panics
 //! when it is broken, and says what was seen.
@@ -84,6 +133,7 @@ pub use self::{
         time_to_live_counts_from_completion,
     },
 };
+pub use crate::http::{BrokenPromise, BrokenPromises, Check, Phase, Promise, assert_idempotent};
 use crate::{
     decision::OnUnknown,
     key::{Key, OperationId, ScopeDigest, Token},

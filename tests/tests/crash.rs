@@ -20,12 +20,24 @@ const LEASE: Duration = Duration::from_millis(1_200);
 struct Machine {
     directory: TempDir,
     client: Client,
+    sealed: bool,
 }
 
 impl Machine {
     fn new() -> Self {
         let client = Client::builder().no_proxy().build().expect("a client");
-        Self { directory: tempfile::tempdir().expect("a directory"), client }
+        Self { directory: tempfile::tempdir().expect("a directory"), client, sealed: false }
+    }
+
+    /// Everything that is on the disk of its database: the file, its log, its index.
+    fn dump(&self) -> Vec<u8> {
+        let files = fs::read_dir(self.directory.path()).expect("a directory").map(|file| {
+            let file = file.expect("a file").path();
+            let name = file.file_name().expect("a name").to_string_lossy().into_owned();
+            let bytes = fs::read(&file);
+            if name.starts_with("idem.db") { bytes.expect("its bytes") } else { Vec::new() }
+        });
+        files.flatten().collect()
     }
 
     fn effects_file(&self) -> PathBuf {
@@ -37,6 +49,7 @@ impl Machine {
             .arg(self.directory.path().join("idem.db"))
             .arg(self.effects_file())
             .arg(LEASE.as_millis().to_string())
+            .args(self.sealed.then_some("sealed"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -209,6 +222,21 @@ async fn with_recover_a_killed_process_leaves_exactly_one_effect() {
     let effects = machine.effects();
     assert_eq!((effects.len(), status, is_replay), (1, 201, true));
     assert_eq!(text, format!("recovered {}", effects[0].0), "it happened, and this was its answer");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_is_taken_once_by_a_process_that_is_killed_and_its_successor_sealed_or_not() {
+    for sealed in [false, true] {
+        let machine = Machine { sealed, ..Machine::new() };
+        let killed = killed_in_the_handler(&machine, "/pay-in-steps", "stop after").await;
+        let answer = replayed(killed);
+        assert_eq!(answer, (201, "receipt of attempt 1".to_owned(), false), "sealed: {sealed}");
+        assert_eq!(machine.effects().len(), 1, "sealed: {sealed}");
+        let dump = machine.dump();
+        let holds = |text: &[u8]| dump.windows(text.len()).any(|window| window == text);
+        assert!(holds(b"POST /pay-in-steps"), "the dump is not all there");
+        assert_eq!(holds(b"receipt of attempt"), !sealed);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

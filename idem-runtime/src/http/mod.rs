@@ -3,6 +3,8 @@
 //! Nothing outside this folder and the hidden module of generated code names axum.
 
 mod answer;
+#[cfg(feature = "testing")]
+mod assert;
 mod body;
 mod combinator;
 mod extract;
@@ -12,6 +14,8 @@ mod serve;
 mod transaction;
 mod unclaimed;
 
+#[cfg(feature = "testing")]
+pub use self::assert::{BrokenPromise, BrokenPromises, Check, Phase, Promise, assert_idempotent};
 pub(crate) use self::extract::ProvidesEngine;
 #[cfg(feature = "sqlite")]
 pub use self::transaction::{Tx, TxRejection};

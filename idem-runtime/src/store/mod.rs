@@ -12,6 +12,7 @@ mod clock;
 mod manage;
 mod memory;
 mod row;
+mod sealed;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod transact;
@@ -25,6 +26,7 @@ use futures_util::future::BoxFuture;
 pub use self::clock::{Clock, ManualClock};
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
+pub(crate) use self::sealed::{Redact, Sealed, Veil};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
 pub use self::transact::{Begun, Transact, Transaction};

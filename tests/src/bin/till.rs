@@ -1,8 +1,9 @@
 //! A process that is killed: it serves `POST /pay` over a database file that it may share, and the
-//! same under other policies for unknown outcomes as `/pay-or-refuse` and `/pay-or-recover`.
+//! same under other policies for unknown outcomes as `/pay-or-refuse` and `/pay-or-recover`, and in
+//! steps as `/pay-in-steps`.
 //!
-//! `till <database> <effects> <lease in milliseconds>` prints its address, and then a line whenever
-//! a handler stops for good. It ends when its standard input does.
+//! `till <database> <effects> <lease in milliseconds> [sealed]` prints its address, and then a line
+//! whenever a handler stops for good. It ends when its standard input does.
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
@@ -21,7 +22,8 @@ use axum::{
     routing::post,
 };
 use idem_runtime::{
-    Idempotency, Operation, Recovered, RequestContext, Scope, idempotent, store::SqliteStore,
+    Idempotency, KeyRing, Operation, Recovered, RequestContext, Scope, idempotent,
+    store::SqliteStore,
 };
 use tokio::{io::AsyncReadExt, net::TcpListener};
 
@@ -69,6 +71,25 @@ async fn pay_or_recover(
     work(&till, &operation, &body).await
 }
 
+/// The effect is a step, of which a later attempt has the result.
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn pay_in_steps(
+    State(till): State<Till>,
+    operation: Operation,
+    body: String,
+) -> (StatusCode, String) {
+    let step = async {
+        till.happen(&operation, &body);
+        Ok::<_, std::convert::Infallible>(format!("receipt of attempt {}", operation.attempt()))
+    };
+    let receipt = operation.step("pay", step).await.expect("a recorded step");
+    if body == "stop after" && operation.attempt() == 1 {
+        println!("stopped");
+        std::future::pending::<()>().await;
+    }
+    (StatusCode::CREATED, receipt)
+}
+
 /// Finds out whether an earlier attempt had its effect.
 async fn look_it_up(request: RequestContext) -> Recovered {
     let Some(till) = request.state::<Till>() else { return Recovered::unknown() };
@@ -105,11 +126,16 @@ async fn main() {
     let store = SqliteStore::open(argument()).await.expect("a store");
     let effects = argument().into();
     let lease = Duration::from_millis(argument().parse().expect("milliseconds"));
-    let engine = Idempotency::builder(store).scope(Scope::header("X-API-Key")).lease(lease).build();
+    let mut engine = Idempotency::builder(store).scope(Scope::header("X-API-Key")).lease(lease);
+    if arguments.next().is_some_and(|word| word == "sealed") {
+        engine = engine.seal(KeyRing::new(1, &[7; 32]));
+    }
+    let engine = engine.build();
     let app = Router::new()
         .route("/pay", post(pay))
         .route("/pay-or-refuse", post(pay_or_refuse))
         .route("/pay-or-recover", post(pay_or_recover))
+        .route("/pay-in-steps", post(pay_in_steps))
         .with_state(Till { engine, effects });
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     println!("{}", listener.local_addr().expect("an address"));
