@@ -36,6 +36,7 @@
 
 #[doc(hidden)]
 pub mod __private;
+mod admin;
 mod anchor;
 mod builder;
 mod decision;
@@ -48,6 +49,7 @@ mod issue;
 mod json;
 mod key;
 mod leases;
+mod look_up;
 mod observer;
 mod operation;
 mod policy;
@@ -66,6 +68,7 @@ pub use crate::http::{
     EngineInExtension, EngineInRouterState, EngineSource, Guarded, Handled, Idem, Idempotent,
     IdempotentArguments, IdempotentExt, MissingEngine, REPLAYED, assert_handler,
 };
+pub use admin::{Admin, SettleError};
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};
 pub use builder::{Builder, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
@@ -73,7 +76,10 @@ pub use engine::Idempotency;
 pub use fingerprint::FingerprintScheme;
 pub use hooks::{Denied, Recovered, ReplayShape, RequestContext, Settle};
 pub use issue::{IssueError, Issued, IssuedError};
-pub use key::{Key, OperationId, ScopeDigest, Token, Values};
+pub use key::{
+    InvalidOperationId, Key, KeyName, KeyNameError, OperationId, ScopeDigest, Token, Values,
+};
+pub use look_up::{Answer, Became, Found, LookUp, LookUpError};
 pub use observer::{Event, Observer, Outcome, Tracing};
 pub use operation::{DerivedKey, Operation, StepError};
 pub use policy::{InFlight, Mode, Policy, Recording, StoreOutage};

@@ -5,6 +5,7 @@
 mod body;
 mod combinator;
 mod extract;
+mod look_up;
 mod serve;
 
 pub(crate) use self::extract::ProvidesEngine;

@@ -103,7 +103,7 @@ impl SqliteStore {
         for keys in keys.chunks(SWEPT_AT_ONCE) {
             purged.removed += self.purge_keys(keys.to_vec(), Some(scope)).await?.removed;
         }
-        if keys.len() < limit {
+        if purged.removed < limit {
             let running: i64 = sqlx::query_scalar(
                 "SELECT count(*) FROM idem_records
                  WHERE scope = ?1 AND state = 1 AND lease_end > ?2",
