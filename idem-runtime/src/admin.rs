@@ -183,6 +183,9 @@ impl Admin<'_> {
     /// Removes the record of an operation, whatever has become of it, unless it is running: the key
     /// was never used. Nothing stops a repetition of what was done.
     ///
+    /// It finds the operation's key and then purges that: should the key be forgotten and used anew
+    /// between the two, it is the new record that goes.
+    ///
     /// # Errors
     ///
     /// When the store cannot be searched or cannot be asked, or the record cannot be read; one that

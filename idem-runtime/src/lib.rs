@@ -5,7 +5,8 @@
 //! recorded answer, another request under the same key is refused.
 //!
 //! Start with [`#[idempotent]`](macro@idempotent), which says it of a handler, and
-//! [`Idempotency`], the engine behind it.
+//! [`Idempotency`], the engine behind it. What became of a request, an application looks up by
+//! [`Idempotency::look_up`]; what operators do with records is in [`Idempotency::admin`].
 //!
 //! # Words
 //!
@@ -30,7 +31,7 @@
 //! | feature | |
 //! |---|---|
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
-//! | `testing` | the laws of the [`Store`](store::Store) trait as public tests |
+//! | `testing` | the laws of the [`Store`](store::Store) and [`Manage`](store::Manage) traits as public tests |
 //!
 //! None is on by default; the memory store needs none.
 

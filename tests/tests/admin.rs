@@ -451,7 +451,8 @@ async fn a_key_that_was_used_anew_is_not_settled_as_what_it_was(ground: Ground) 
                 let late = operator.await.expect("no panic");
                 assert!(matches!(late, Err(SettleError::NotFound)), "{late:?}");
                 assert_eq!(other.call(refuse, payment(&key, "201")).await.status, 201);
-                assert_eq!(other.operation().attempt(), 1, "no record was made");
+                assert_eq!(other.operation().attempt(), 1, "it is free");
+                assert_eq!(faults.calls(Call::Forget), 0, "no record was made that had to go");
             }
         }
     }

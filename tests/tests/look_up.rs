@@ -113,7 +113,7 @@ fn payment(key: &str) -> KeyName {
 async fn found(engine: &Idempotency, name: &KeyName) -> Option<Found> {
     let by_key = engine.look_up("a").key(name).await.unwrap()?;
     let id = by_key.record.operation_id;
-    let by_id = engine.look_up("a").operation(id).await.unwrap().expect("the same one");
+    let by_id = engine.look_up("a").operation(id).await.unwrap().unwrap();
     assert_eq!(format!("{:?}", by_id.became), format!("{:?}", by_key.became));
     assert_eq!(
         (by_id.record.key, by_id.record.attempt),
