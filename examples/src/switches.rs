@@ -5,6 +5,8 @@ use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 use clap::Args;
 use idem_runtime::store::{MemoryStore, SqliteStore, Store, StoreError};
 
+use crate::Result;
+
 /// The switches that all examples take.
 #[derive(Args, Clone, Debug)]
 pub struct Switches {
@@ -48,6 +50,24 @@ impl StoreChoice {
             Self::Memory => Arc::new(MemoryStore::new()),
             Self::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
         })
+    }
+
+    /// Opens one that a server has made: whoever mistypes its name must not be shown an empty one.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or it cannot be opened.
+    pub async fn open_existing(&self) -> Result<Arc<dyn Store>> {
+        match self {
+            Self::Memory => {
+                return Err("records in memory are seen by their own process only".into());
+            }
+            Self::Sqlite(path) if !path.is_file() => {
+                return Err(format!("{self}: there is no such database").into());
+            }
+            Self::Sqlite(_) => {}
+        }
+        Ok(self.open().await?)
     }
 }
 

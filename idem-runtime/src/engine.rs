@@ -400,7 +400,7 @@ impl Shared {
     }
 
     /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
-    async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+    pub(crate) async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
         let since = Instant::now();
         match self.ask(self.store.claim(claim)).await {
             Err(error)
@@ -505,7 +505,7 @@ impl Shared {
 
     /// Takes back a claim that may have been granted and under which nothing ran, so that the next
     /// request need not wait for the lease to end.
-    fn take_back(self: &Arc<Self>, claim: &Claim) {
+    pub(crate) fn take_back(self: &Arc<Self>, claim: &Claim) {
         // In a long outage these would pile up; the leases' ends do the same.
         if self.taken_back.len() >= self.limits.detached {
             return;

@@ -18,13 +18,17 @@
 //!           | ["layer", and what stands there for the operation …]
 //! ```
 
-use std::{borrow::Cow, fmt};
+mod name;
+
+use std::{borrow::Cow, fmt, str::FromStr};
 
 use hmac::{Hmac, KeyInit, Mac};
 use percent_encoding::percent_decode_str;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+pub use self::name::{KeyName, KeyNameError};
 use crate::record::Fingerprint;
 
 /// The scheme tag at the head of every key's pre-image.
@@ -111,8 +115,18 @@ impl fmt::Debug for Token {
 
 /// The identity of one logical operation, the same through crash, release and takeover.
 ///
-/// It is stored with the claim before the handler starts. It prints as a UUID.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+/// It is stored with the claim before the handler starts. It prints as a UUID, and is read back from
+/// one: from text, or as a parameter of a route or a field of a body.
+///
+/// ```
+/// use idem_runtime::OperationId;
+///
+/// let id = OperationId::random();
+/// assert_eq!(id.to_string().parse(), Ok(id));
+/// assert!("order-1".parse::<OperationId>().is_err());
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct OperationId(Uuid);
 
 impl OperationId {
@@ -151,6 +165,39 @@ impl fmt::Display for OperationId {
         self.0.fmt(f)
     }
 }
+
+impl FromStr for OperationId {
+    type Err = InvalidOperationId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidOperationId> {
+        Uuid::try_parse(text).map(Self).map_err(InvalidOperationId)
+    }
+}
+
+impl From<Uuid> for OperationId {
+    fn from(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+}
+
+impl TryFrom<String> for OperationId {
+    type Error = InvalidOperationId;
+
+    fn try_from(text: String) -> Result<Self, InvalidOperationId> {
+        text.parse()
+    }
+}
+
+impl From<OperationId> for String {
+    fn from(id: OperationId) -> Self {
+        id.to_string()
+    }
+}
+
+/// The text is not an operation id.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an operation id is a UUID")]
+pub struct InvalidOperationId(#[source] uuid::Error);
 
 impl fmt::Debug for OperationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -328,6 +375,22 @@ fn erase_names(route: &str) -> String {
         }
     }
     erased
+}
+
+/// The names that [`erase_names`] erases, in order.
+fn parameter_names(route: &str) -> Vec<&str> {
+    let mut names = Vec::new();
+    let mut rest = route;
+    while let Some((_, after)) = rest.split_once('{') {
+        if let Some(literal) = after.strip_prefix('{') {
+            rest = literal;
+            continue;
+        }
+        let (name, after) = after.split_once('}').unwrap_or((after, ""));
+        names.push(name.strip_prefix('*').unwrap_or(name));
+        rest = after;
+    }
+    names
 }
 
 fn skip_name(characters: &mut impl Iterator<Item = char>) {
@@ -526,6 +589,19 @@ mod tests {
             ("/plain", "/plain"),
         ] {
             assert_eq!(erase_names(route), erased);
+        }
+    }
+
+    #[test]
+    fn the_names_of_a_routes_parameters_are_those_that_it_loses() {
+        for (route, names) in [
+            ("/a/{id}/b/{other_name}", &["id", "other_name"][..]),
+            ("/{*rest}", &["rest"]),
+            ("/{{literal}}/{x}", &["x"]),
+            ("/file-{name}.{extension}", &["name", "extension"]),
+            ("/plain", &[]),
+        ] {
+            assert_eq!(parameter_names(route), names);
         }
     }
 

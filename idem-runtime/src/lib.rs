@@ -6,7 +6,8 @@
 //!
 //! Start with [`#[idempotent]`](macro@idempotent), which says it of a handler, and
 //! [`Idempotency`], the engine behind it. [`Idempotency::layer`] protects all writes of a router at
-//! once.
+//! once. What became of a request, an application looks up by [`Idempotency::look_up`]; what
+//! operators do with records is in [`Idempotency::admin`].
 //!
 //! # Words
 //!
@@ -32,12 +33,13 @@
 //! |---|---|
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
 //! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
-//! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) trait as public tests |
+//! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) and [`Manage`](store::Manage) traits as public tests |
 //!
 //! None is on by default; the memory store needs none.
 
 #[doc(hidden)]
 pub mod __private;
+mod admin;
 mod anchor;
 mod builder;
 mod decision;
@@ -50,6 +52,7 @@ mod issue;
 mod json;
 mod key;
 mod leases;
+mod look_up;
 mod observer;
 mod operation;
 mod policy;
@@ -72,6 +75,7 @@ pub use crate::http::{
 };
 #[cfg(feature = "sqlite")]
 pub use crate::http::{Tx, TxRejection};
+pub use admin::{Admin, SettleError};
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};
 pub use builder::{Builder, IGNORED, OPERATION, REPLAYED, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
@@ -79,7 +83,10 @@ pub use engine::Idempotency;
 pub use fingerprint::FingerprintScheme;
 pub use hooks::{Denied, Recovered, ReplayShape, RequestContext, Settle};
 pub use issue::{IssueError, Issued, IssuedError};
-pub use key::{Key, OperationId, ScopeDigest, Token, Values};
+pub use key::{
+    InvalidOperationId, Key, KeyName, KeyNameError, OperationId, ScopeDigest, Token, Values,
+};
+pub use look_up::{Answer, Became, Found, LookUp, LookUpError};
 pub use observer::{Event, Observer, Outcome, Tracing};
 pub use operation::{DerivedKey, Operation, StepError};
 pub use policy::{InFlight, Mode, Policy, Recording, StoreOutage};

@@ -71,6 +71,12 @@ pub enum Outcome {
     LeaseLost,
     /// Leases could not be renewed this time; it is tried again.
     RenewalFailed,
+    /// An operator said of an unknown outcome that it was done, and gave the answer.
+    SettledDone,
+    /// An operator said of an unknown outcome that it was not done: the key is free again.
+    SettledNotDone,
+    /// An operator removed a record, or all of a scope.
+    Purged,
 }
 
 impl Outcome {
@@ -91,6 +97,9 @@ impl Outcome {
             Self::Detached => "detached",
             Self::LeaseLost => "lease_lost_while_running",
             Self::RenewalFailed => "renewal_failed",
+            Self::SettledDone => "settled_done",
+            Self::SettledNotDone => "settled_not_done",
+            Self::Purged => "purged",
         }
     }
 

@@ -347,7 +347,7 @@ impl Policy {
 }
 
 pub(crate) const DEFAULT_TTL: Ttl = Ttl::For(Duration::from_secs(24 * 60 * 60));
-const DEFAULT_LEASE: Duration = Duration::from_secs(30);
+pub(crate) const DEFAULT_LEASE: Duration = Duration::from_secs(30);
 /// Below this a renewal could not arrive in time.
 const SHORTEST_LEASE: Duration = Duration::from_millis(100);
 

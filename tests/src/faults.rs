@@ -12,8 +12,8 @@ use futures_util::future::BoxFuture;
 use idem_runtime::{
     Key, Record, Token,
     store::{
-        Checkpoint, Claim, Claimed, Clock, Completion, Issue, ManualClock, MemoryStore, Renewal,
-        SqliteStore, Store, StoreError, StoreErrorKind, Written,
+        Checkpoint, Claim, Claimed, Clock, Completion, Issue, Manage, ManualClock, MemoryStore,
+        Renewal, SqliteStore, Store, StoreError, StoreErrorKind, Written,
     },
 };
 use tokio::{
@@ -295,6 +295,11 @@ impl Store for Faulty {
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(self.faults.meet(Call::Sweep, self.inner.sweep(limit)))
+    }
+
+    /// What is searched is found: only what requests ask suffers.
+    fn manage(&self) -> Option<&dyn Manage> {
+        self.inner.manage()
     }
 }
 

@@ -10,8 +10,8 @@ use axum::{Router, handler::Handler, routing::post};
 use idem_runtime::{
     Builder, Idempotency, IdempotentExt, Policy, Record, Scoped,
     store::{
-        Checkpoint, Claim, Claimed, Clock, Completion, Issue, ManualClock, MemoryStore, Renewal,
-        SqliteStore, Store, StoreError, Written,
+        Checkpoint, Claim, Claimed, Clock, Completion, Issue, Manage, ManualClock, MemoryStore,
+        Renewal, SqliteStore, Store, StoreError, Written,
     },
 };
 use tempfile::TempDir;
@@ -45,13 +45,19 @@ type Answer<'a, T> = std::pin::Pin<Box<dyn Future<Output = Result<T, StoreError>
 #[derive(Clone, Debug)]
 pub struct TestStore {
     store: Arc<dyn Store>,
+    searchable: bool,
     claims: Arc<Mutex<Vec<Claim>>>,
 }
 
 impl TestStore {
     /// Listens to a store.
     pub fn new(store: impl Store) -> Self {
-        Self { store: Arc::new(store), claims: Arc::default() }
+        Self { store: Arc::new(store), searchable: true, claims: Arc::default() }
+    }
+
+    /// The same store, as one that only finds records by their keys.
+    pub fn unsearchable(&self) -> Self {
+        Self { searchable: false, ..self.clone() }
     }
 
     /// All claims so far.
@@ -114,6 +120,10 @@ impl Store for TestStore {
 
     fn sweep(&self, limit: usize) -> Answer<'_, usize> {
         self.store.sweep(limit)
+    }
+
+    fn manage(&self) -> Option<&dyn Manage> {
+        self.store.manage().filter(|_| self.searchable)
     }
 }
 

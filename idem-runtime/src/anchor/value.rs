@@ -69,6 +69,13 @@ macro_rules! by_reference {
 
 by_reference!(&T, Box<T>, Arc<T>, std::rc::Rc<T>);
 
+/// A list is its values.
+impl AnchorValue for Values {
+    fn write(&self, values: &mut Values) {
+        values.extend(self);
+    }
+}
+
 /// No value at all: the scope of a key that is [global](crate::Scope::global).
 impl AnchorValue for () {
     fn write(&self, _: &mut Values) {}

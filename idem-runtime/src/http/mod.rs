@@ -9,6 +9,7 @@ mod body;
 mod combinator;
 mod extract;
 mod layer;
+mod look_up;
 mod serve;
 #[cfg(feature = "sqlite")]
 mod transaction;

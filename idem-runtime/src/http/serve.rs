@@ -767,7 +767,7 @@ fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
 
 /// A recorded answer as a response, in the shape that the policy gives to replays; `None` if it
 /// cannot be one.
-fn replayed(recorded: RecordedResponse, shape: Option<ReplayShape>) -> Option<Response> {
+pub(super) fn replayed(recorded: RecordedResponse, shape: Option<ReplayShape>) -> Option<Response> {
     let mut response = http::Response::new(recorded.body);
     *response.status_mut() = StatusCode::from_u16(recorded.status).ok()?;
     let headers = response.headers_mut();
