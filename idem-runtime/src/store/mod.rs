@@ -7,10 +7,16 @@
     feature = "sqlite",
     doc = "| [`SqliteStore`] | `sqlite` | one machine: survives restarts and crashes |"
 )]
+#![cfg_attr(
+    feature = "postgres",
+    doc = "| [`PostgresStore`] | `postgres` | any number of processes, on PostgreSQL |"
+)]
 
 mod clock;
 mod manage;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod row;
 mod sealed;
 #[cfg(feature = "sqlite")]
@@ -27,6 +33,8 @@ pub use self::clock::{Clock, ManualClock};
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
 pub(crate) use self::sealed::{Redact, Sealed, Veil};
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, SchemaMismatch};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
 pub use self::transact::{Begun, Transact, Transaction};

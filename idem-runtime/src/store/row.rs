@@ -118,7 +118,7 @@ impl Opening for Issue {
 
 impl Claim {
     /// What it asks of the decision, on a record whose fingerprint is its own or another one.
-    const fn asked(&self, same: bool) -> Asked {
+    pub(super) const fn asked(&self, same: bool) -> Asked {
         Asked { same, issued_only: self.issued_only, on_unknown: self.on_unknown }
     }
 }
@@ -301,7 +301,8 @@ impl Row {
         Ended::Changed
     }
 
-    fn is_held_by(&self, token: Token) -> bool {
+    /// Whether a claim under this token holds it.
+    pub(super) fn is_held_by(&self, token: Token) -> bool {
         self.state == State::Running && self.token == token
     }
 

@@ -1,0 +1,417 @@
+//! Records in a PostgreSQL database, which any number of processes share.
+//!
+//! Each call is one statement, which decides and writes ([`calls`]); here is what goes on around
+//! it: connections, time-outs, and what is asked again.
+
+mod calls;
+mod manage;
+mod schema;
+mod wake;
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use sqlx::{
+    ConnectOptions as _, Connection as _, PgConnection, PgPool, Postgres,
+    pool::PoolConnection,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::{
+    sync::OnceCell,
+    time::{sleep, timeout},
+};
+
+use self::calls::{Call, Fault, Forget, Numbered, Release, Session, Sweep};
+pub use self::schema::SchemaMismatch;
+use super::{
+    Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
+    StoreErrorKind, Wake, Written,
+};
+use crate::{
+    key::{Key, Token},
+    record::Record,
+};
+
+/// The name of this store in errors.
+const NAME: &str = "postgres";
+/// How long a call may take, with all that is asked again. An engine's own time-out is shorter
+/// unless it was told otherwise.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a call is made at the most, if each time somebody else was faster.
+const ATTEMPTS: u32 = 12;
+/// How many rows are removed by one statement, so that none of them is locked for long.
+const SWEPT_AT_ONCE: usize = 500;
+
+/// A store in a PostgreSQL database (13 or newer): for any number of processes on any number of
+/// machines.
+///
+/// All of them go by the clock of the database server, and what is answered is as durable as its
+/// `synchronous_commit` says; leave it on. After a failover to a replica that had not received
+/// everything, what it had not received never happened: use synchronous replication if that must
+/// not be.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use idem_runtime::store::PostgresStore;
+///
+/// let store = PostgresStore::connect("postgres://app@db.internal/app").await?;
+/// store.create_schema().await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Tables
+///
+/// [`create_schema`](Self::create_schema) creates them, or a migration of yours that contains
+/// [`SCHEMA`](Self::SCHEMA). They are named `idem_records` and `idem_schema`, in the first schema of
+/// the search path, so that another schema is a matter of the URL:
+/// `postgres://app@db.internal/app?options=-csearch_path%3Didem`.
+///
+/// # Connections
+///
+/// [`connect`](Self::connect) makes a pool of its own; [`new`](Self::new) takes the application's,
+/// which then should know:
+///
+///  - A claim, and later a completion, takes a connection for one statement; none is held while a
+///    handler runs. A handler that holds one itself needs another one to be free.
+///  - `test_before_acquire`, which sqlx has on by default, costs each call one more round trip (a
+///    fifth of the throughput on a fast network). Without it, a connection that has died is noticed
+///    by the call that meets it, which then is made once more on one that was tried: every call can
+///    be made twice. Turn it off in a pool that only idem uses.
+///  - PostgreSQL keeps the plan of a prepared statement, and plans for a table as it is: while that
+///    is almost empty, to read through it is cheapest, and stays the plan for up to a minute after
+///    a burst. Pools of idem's own set `enable_seqscan = off`; set it in a pool that only idem uses.
+///  - TLS is sqlx's: without one of its features `tls-rustls` or `tls-native-tls`, which your own
+///    `Cargo.toml` may turn on (`sqlx = { version = "0.9", features = ["tls-rustls"] }`),
+///    connections are not encrypted, and `sslmode=require` is refused.
+///
+/// # Poolers
+///
+/// Behind a pooler in *transaction* mode (PgBouncer and its like), statements that one connection
+/// prepares are looked for on another. PgBouncer ≥ 1.21 takes care of that if
+/// `max_prepared_statements` is set; for others, say
+/// [`through_transaction_pooler`](Self::through_transaction_pooler). [`connect`](Self::connect)
+/// refuses connections that do not keep the settings that it gives them, since something stands in
+/// between; use [`new`](Self::new) there. LISTEN does not pass a transaction pooler: requests that
+/// wait for an owner in another process then look at the record now and then.
+///
+/// A clone is another handle to the same records.
+#[derive(Clone, Debug)]
+pub struct PostgresStore(Arc<Shared>);
+
+struct Shared {
+    pool: PgPool,
+    /// Whether connections may keep prepared statements.
+    prepares: bool,
+    /// Set once the tables were found to be those of this release.
+    checked: OnceCell<()>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("pool", &self.pool)
+            .field("prepares", &self.prepares)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PostgresStore {
+    /// The tables, for teams that create them by migrations of their own. Running it again changes
+    /// nothing.
+    pub const SCHEMA: &str = include_str!("postgres.sql");
+
+    /// Connects to a database, with a pool of idem's own of up to ten connections.
+    ///
+    /// The URL is [sqlx's](https://docs.rs/sqlx/latest/sqlx/postgres/struct.PgConnectOptions.html).
+    /// The tables need not exist yet, see [`create_schema`](Self::create_schema).
+    ///
+    /// # Errors
+    ///
+    /// When the URL cannot be read or the database refuses
+    /// ([`Refused`](StoreErrorKind::Refused)), or cannot be reached. It is refused, too, if a pooler
+    /// in between keeps the connection's settings from the server.
+    pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        let options: PgConnectOptions = url.parse().map_err(failure)?;
+        let options = options.disable_statement_logging().options([
+            // See "Connections" above. Where there is no index, the table is read all the same;
+            // its cost then looks enormous, which is no reason to compile the plan.
+            ("enable_seqscan", "off"),
+            ("jit", "off"),
+            // Whoever called has given up by then.
+            ("statement_timeout", "10s"),
+        ]);
+        let pool = PgPoolOptions::new()
+            .max_connections(10)
+            .acquire_timeout(TIMEOUT)
+            .test_before_acquire(false)
+            .connect_with(options)
+            .await
+            .map_err(failure)?;
+        let setting = sqlx::query_scalar("SELECT current_setting('enable_seqscan')");
+        let setting: String = setting.persistent(false).fetch_one(&pool).await.map_err(failure)?;
+        if setting != "off" {
+            let cause = "the connection's settings do not reach the server: is there a pooler?";
+            return Err(StoreError::caused_by(NAME, StoreErrorKind::Refused, cause));
+        }
+        Ok(Self::new(pool))
+    }
+
+    /// Keeps the records in a database of the application's, through its pool.
+    pub fn new(pool: PgPool) -> Self {
+        Self::assemble(pool, true)
+    }
+
+    /// The same records through a pooler in transaction mode that knows nothing of prepared
+    /// statements.
+    ///
+    /// Each statement is then prepared anew, in a transaction of its own, which takes three more
+    /// round trips.
+    #[must_use]
+    pub fn through_transaction_pooler(self) -> Self {
+        Self::assemble(self.0.pool.clone(), false)
+    }
+
+    fn assemble(pool: PgPool, prepares: bool) -> Self {
+        Self(Arc::new(Shared { pool, prepares, checked: OnceCell::new() }))
+    }
+
+    /// Makes a call, after the tables were found to be those of this release.
+    async fn ask<C: Call + ?Sized>(&self, call: &C) -> Result<C::Answer, StoreError> {
+        self.0.checked.get_or_try_init(|| self.check_schema()).await?;
+        self.ask_unchecked(call).await
+    }
+
+    /// Makes a call, once more on another connection if that was lost, and again where somebody else
+    /// was faster.
+    async fn ask_unchecked<C: Call + ?Sized>(&self, call: &C) -> Result<C::Answer, StoreError> {
+        let asking = async {
+            let mut lost = false;
+            let mut attempt = 0;
+            loop {
+                attempt += 1;
+                let mut in_use = self.acquire(lost).await?;
+                let answer = self.once(call, &mut in_use.connection).await;
+                in_use.well = match &answer {
+                    Err(Fault::Database(error)) => kind_of(error) != StoreErrorKind::Unreachable,
+                    _ => true,
+                };
+                drop(in_use);
+                match answer {
+                    Ok(Some(answer)) => return Ok(answer),
+                    Ok(None) if attempt < ATTEMPTS => {}
+                    Ok(None) => return Err(StoreError::new(NAME, StoreErrorKind::TimedOut)),
+                    Err(Fault::Record(kind)) => return Err(StoreError::new(NAME, kind)),
+                    Err(Fault::Database(error)) => match kind_of(&error) {
+                        // Whether it was done is not known, and every call can be made twice.
+                        StoreErrorKind::Unreachable if !lost => lost = true,
+                        _ if is_conflict(&error) && attempt < ATTEMPTS => {}
+                        _ => return Err(failure(error)),
+                    },
+                }
+                if attempt > 1 {
+                    let at_most = 1 << attempt.min(6);
+                    sleep(Duration::from_micros(rand::random_range(0..at_most * 500))).await;
+                }
+            }
+        };
+        timeout(TIMEOUT, asking).await.unwrap_or_else(|elapsed| {
+            Err(StoreError::caused_by(NAME, StoreErrorKind::TimedOut, elapsed))
+        })
+    }
+
+    async fn once<C: Call + ?Sized>(
+        &self,
+        call: &C,
+        connection: &mut PgConnection,
+    ) -> Result<Option<C::Answer>, Fault> {
+        if self.0.prepares {
+            return call.once(Session { connection, prepares: true }).await;
+        }
+        // Within a transaction, a pooler stays with one connection.
+        let mut transaction = connection.begin().await?;
+        let session = Session { connection: &mut transaction, prepares: false };
+        let answer = call.once(session).await?;
+        transaction.commit().await?;
+        Ok(answer)
+    }
+
+    /// A connection; one that was tried if `lost` says that another one has died, since those
+    /// beside it may have too.
+    async fn acquire(&self, lost: bool) -> Result<InUse, StoreError> {
+        loop {
+            let connection = self.0.pool.acquire().await.map_err(failure)?;
+            let mut in_use = InUse { connection, well: false };
+            if !lost || in_use.connection.ping().await.is_ok() {
+                return Ok(in_use);
+            }
+        }
+    }
+}
+
+/// A connection that a call uses. It is closed unless the call has ended well: one whose statement
+/// nobody waits for any more may never answer, as after a failover that left its host dark.
+struct InUse {
+    connection: PoolConnection<Postgres>,
+    well: bool,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        if !self.well {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+fn failure(error: sqlx::Error) -> StoreError {
+    let kind = kind_of(&error);
+    match state_of(&error).as_deref() {
+        // A prepared statement that is not there, or is already: it was prepared on another
+        // connection.
+        Some("26000" | "42P05") => StoreError::caused_by(NAME, kind, Mixed(error)),
+        _ => StoreError::caused_by(NAME, kind, error),
+    }
+}
+
+/// Statements of one connection have met those of another.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "prepared statements are mixed up: behind a pooler in transaction mode, use \
+     `PostgresStore::through_transaction_pooler`"
+)]
+struct Mixed(#[source] sqlx::Error);
+
+fn state_of(error: &sqlx::Error) -> Option<String> {
+    error.as_database_error()?.code().map(String::from)
+}
+
+/// Whether two statements were in each other's way, so that the same may succeed now.
+fn is_conflict(error: &sqlx::Error) -> bool {
+    // serialization_failure, deadlock_detected.
+    matches!(state_of(error).as_deref(), Some("40001" | "40P01"))
+}
+
+/// By SQLSTATE, <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
+    match error {
+        sqlx::Error::Database(_) => match state_of(error).as_deref().unwrap_or_default() {
+            // What a pooler or server says to a client that it does not understand.
+            "08P01" => StoreErrorKind::Refused,
+            // connection_exception; operator_intervention (shut down, starting up) but for
+            // query_canceled and database_dropped; too_many_connections; out_of_memory; io_error;
+            // read_only_sql_transaction, which is how a server answers that was the primary before
+            // a failover; a session that was timed out.
+            "57014" => StoreErrorKind::TimedOut,
+            "57P04" => StoreErrorKind::Refused,
+            "53300" | "53200" | "58030" | "25006" | "25P03" => StoreErrorKind::Unreachable,
+            state if state.starts_with("08") || state.starts_with("57") => {
+                StoreErrorKind::Unreachable
+            }
+            // lock_not_available; in each other's way for too long.
+            "55P03" | "40001" | "40P01" => StoreErrorKind::TimedOut,
+            "53100" => StoreErrorKind::Full,
+            // program_limit_exceeded.
+            state if state.starts_with("54") => StoreErrorKind::TooLarge,
+            // data_corrupted, index_corrupted.
+            "XX001" | "XX002" => StoreErrorKind::Corrupt,
+            _ => StoreErrorKind::Refused,
+        },
+        sqlx::Error::PoolTimedOut => StoreErrorKind::TimedOut,
+        sqlx::Error::Io(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => StoreErrorKind::Unreachable,
+        sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::RowNotFound => {
+            StoreErrorKind::Corrupt
+        }
+        _ => StoreErrorKind::Refused,
+    }
+}
+
+impl Store for PostgresStore {
+    fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
+        Box::pin(self.ask(claim))
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(self.ask(issue))
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        // Numbered as they are made, since they may reach the database in another order. A token is
+        // of one process, and so are the numbers.
+        static NUMBER: AtomicI64 = AtomicI64::new(1);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Box::pin(async move { self.ask(&Numbered { checkpoint, number }).await })
+    }
+
+    fn complete<'a>(
+        &'a self,
+        completion: &'a Completion,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(self.ask(completion))
+    }
+
+    fn release<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move { self.ask(&Release { key, token }).await })
+    }
+
+    fn forget<'a>(
+        &'a self,
+        key: &'a Key,
+        token: &'a Token,
+    ) -> BoxFuture<'a, Result<Written, StoreError>> {
+        Box::pin(async move { self.ask(&Forget { key, token }).await })
+    }
+
+    fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        Box::pin(async move {
+            if claims.is_empty() {
+                return Ok(Vec::new());
+            }
+            self.ask(claims).await
+        })
+    }
+
+    fn read<'a>(&'a self, key: &'a Key) -> BoxFuture<'a, Result<Option<Record>, StoreError>> {
+        Box::pin(self.ask(key))
+    }
+
+    fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        Box::pin(async move {
+            let mut removed = 0;
+            while removed < limit {
+                let at_once = SWEPT_AT_ONCE.min(limit - removed);
+                let swept = self.ask(&Sweep(at_once)).await?;
+                removed += swept;
+                if swept < at_once {
+                    break;
+                }
+            }
+            Ok(removed)
+        })
+    }
+
+    fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
+    }
+
+    fn wake(&self) -> Option<&dyn Wake> {
+        Some(self)
+    }
+}
