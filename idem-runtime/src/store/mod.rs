@@ -7,10 +7,16 @@
     feature = "sqlite",
     doc = "| [`SqliteStore`] | `sqlite` | one machine: survives restarts and crashes |"
 )]
+#![cfg_attr(
+    feature = "mysql",
+    doc = "| [`MySqlStore`] | `mysql` | any number of processes, on MySQL or MariaDB |"
+)]
 
 mod clock;
 mod manage;
 mod memory;
+#[cfg(feature = "mysql")]
+mod mysql;
 mod row;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -24,6 +30,8 @@ use futures_util::future::BoxFuture;
 pub use self::clock::{Clock, ManualClock};
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
+#[cfg(feature = "mysql")]
+pub use self::mysql::MySqlStore;
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
 pub use self::wake::{Signal, Wake};
