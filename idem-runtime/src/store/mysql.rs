@@ -9,18 +9,22 @@ mod failure;
 mod row;
 mod schema;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use sqlx::{
-    ConnectOptions as _, Connection as _, MySql, MySqlPool,
+    ConnectOptions as _, MySql, MySqlConnection, MySqlPool,
     mysql::{MySqlConnectOptions, MySqlPoolOptions},
     pool::PoolConnection,
 };
-use tokio::{
-    sync::OnceCell,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 
 use self::{
     calls::{Call, Change, Complete, Find, List, Open, PurgeKey, PurgeScope, Read, Renew, Sweep},
@@ -46,6 +50,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const CONNECTIONS: u32 = 16;
 /// How often a call is made again after a deadlock or a broken connection.
 const RETRIES: u32 = 10;
+/// What a statement may take up in a packet beside what its call carries.
+const PACKET_MARGIN: usize = 1024;
 /// How many rows a sweep or a purge removes at once: a few milliseconds in which a claim on one of
 /// them waits.
 const SWEPT_AT_ONCE: usize = 500;
@@ -106,7 +112,7 @@ struct Shared {
     pool: MySqlPool,
     patience: Duration,
     /// Whether server, session and tables were found to be what the store needs.
-    ready: OnceCell<()>,
+    ready: AtomicBool,
 }
 
 impl MySqlStore {
@@ -133,7 +139,8 @@ impl MySqlStore {
             .after_connect(|connection, _| {
                 Box::pin(async move {
                     // A statement that waits for longer than its caller does is a claim for nobody.
-                    let settings = "SET SESSION autocommit = 1, innodb_lock_wait_timeout = 5";
+                    let settings = "SET SESSION autocommit = 1, sql_safe_updates = 0,
+                                    innodb_lock_wait_timeout = 5";
                     sqlx::raw_sql(settings).execute(connection).await.map(drop)
                 })
             })
@@ -150,12 +157,12 @@ impl MySqlStore {
     ///
     /// Five seconds unless it is said. A sweep is several calls.
     #[must_use]
-    pub fn with_timeout(&self, time: Duration) -> Self {
+    pub fn with_timeout(self, time: Duration) -> Self {
         Self::assemble(self.0.pool.clone(), time)
     }
 
     fn assemble(pool: MySqlPool, patience: Duration) -> Self {
-        Self(Arc::new(Shared { pool, patience, ready: OnceCell::new() }))
+        Self(Arc::new(Shared { pool, patience, ready: AtomicBool::new(false) }))
     }
 
     /// Creates the tables if they do not exist. Any number of processes may do so at once.
@@ -167,33 +174,28 @@ impl MySqlStore {
     ///
     /// As for [`check`](Self::check).
     pub async fn create_schema(&self) -> Result<(), StoreError> {
-        self.call_unchecked(&CreateSchema).await?;
+        self.call(&CreateSchema).await?;
         self.check().await
     }
 
     /// Finds out whether the store can work: whether server and connection are what it needs, and
     /// the tables those that this release knows.
     ///
-    /// Each call does so until one has found that it can, so this is for whoever wants to know when
-    /// the program starts.
+    /// The first calls do so until one has found that it can, so this is for whoever wants to know
+    /// when the program starts.
     ///
     /// # Errors
     ///
     /// [`Refused`](StoreErrorKind::Refused) when the tables do not exist, the server is too old, or
-    /// the connections commit nothing by themselves or read what others have not committed;
-    /// [`Newer`](StoreErrorKind::Newer) when the tables are those of a newer release; and whatever
-    /// keeps the server from answering. The source says it in words.
+    /// the connections commit nothing by themselves, read what others have not committed, or make
+    /// no statements on many rows; [`Newer`](StoreErrorKind::Newer) when the tables are those of a
+    /// newer release; and whatever keeps the server from answering. The source says it in words.
     pub async fn check(&self) -> Result<(), StoreError> {
-        self.0.ready.get_or_try_init(|| self.call_unchecked(&Check)).await.map(drop)
+        self.call(&Check).await
     }
 
     /// Makes a call, and makes it again where that may help, within the bound of time.
     async fn call<C: Call>(&self, call: &C) -> Result<C::Answer, StoreError> {
-        self.check().await?;
-        self.call_unchecked(call).await
-    }
-
-    async fn call_unchecked<C: Call>(&self, call: &C) -> Result<C::Answer, StoreError> {
         let mut last = None;
         match timeout(self.0.patience, self.try_often(call, &mut last)).await {
             Ok(answer) => answer.map_err(Failure::into_error),
@@ -214,11 +216,18 @@ impl MySqlStore {
         loop {
             let connection = self.0.pool.acquire().await?;
             let mut held = Held { connection, answered: false };
-            // The idle connections of a server that went away are all broken.
-            if tries > 0 && held.connection.ping().await.is_err() {
-                continue;
+            if tries > 0 {
+                match fits(call, &mut held.connection).await {
+                    Ok(()) => {}
+                    // The idle connections of a server that went away are all broken.
+                    Err(failure) if failure.remedy() == Remedy::Elsewhere => continue,
+                    Err(failure) => {
+                        held.answered = true;
+                        return Err(failure);
+                    }
+                }
             }
-            let failure = match call.run(&mut held.connection).await {
+            let failure = match self.try_once(call, &mut held.connection).await {
                 Ok(answer) => {
                     held.answered = true;
                     return Ok(answer);
@@ -236,6 +245,31 @@ impl MySqlStore {
             // Those that were in each other's way do not come back together.
             sleep(Duration::from_millis(rand::random_range(0..=2 * u64::from(tries)))).await;
         }
+    }
+
+    async fn try_once<C: Call>(
+        &self,
+        call: &C,
+        connection: &mut MySqlConnection,
+    ) -> Result<C::Answer, Failure> {
+        if C::CHECKED && !self.0.ready.load(Ordering::Relaxed) {
+            Check.run(connection).await?;
+            self.0.ready.store(true, Ordering::Relaxed);
+        }
+        call.run(connection).await
+    }
+}
+
+/// Whether a call fits into a packet: a server hangs up on one that is too large for it, and often
+/// before it could say so.
+async fn fits(call: &impl Call, connection: &mut MySqlConnection) -> Result<(), Failure> {
+    let largest = "SELECT CAST(@@max_allowed_packet AS SIGNED)";
+    let largest: i64 = sqlx::query_scalar(largest).fetch_one(connection).await?;
+    match usize::try_from(largest) {
+        Ok(largest) if call.size() + PACKET_MARGIN > largest => {
+            Err(StoreErrorKind::TooLarge.into())
+        }
+        _ => Ok(()),
     }
 }
 

@@ -28,7 +28,15 @@ use crate::{
 
 /// A call, which can be made any number of times.
 pub(super) trait Call: Sync {
+    /// Whether it is made only once server and tables were found to be what the store needs.
+    const CHECKED: bool = true;
+
     type Answer: Send;
+
+    /// How many bytes it carries to the server beside a little.
+    fn size(&self) -> usize {
+        0
+    }
 
     fn run(
         &self,
@@ -41,6 +49,11 @@ pub(super) struct Open<'a, O>(pub(super) &'a O);
 
 impl<O: Opening> Call for Open<'_, O> {
     type Answer = O::Answer;
+
+    fn size(&self) -> usize {
+        let (row, _) = self.0.on_nothing(0);
+        row.map_or(0, |row| row.payload.len() + row.operation.len() + row.fingerprint.scheme.len())
+    }
 
     /// One statement where the key has no row. Where it has one, that statement fails without
     /// having written anything; the row is read, and changed by a second statement if the decision
@@ -84,6 +97,10 @@ pub(super) struct Complete<'a>(pub(super) &'a Completion);
 
 impl Call for Complete<'_> {
     type Answer = Written;
+
+    fn size(&self) -> usize {
+        self.0.payload.len()
+    }
 
     /// One statement; a second one reads the row if that has changed nothing.
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
@@ -175,6 +192,13 @@ impl Change<'_> {
 
 impl Call for Change<'_> {
     type Answer = Written;
+
+    fn size(&self) -> usize {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.payload.len(),
+            Self::Release(..) | Self::Forget(..) => 0,
+        }
+    }
 
     /// Reads the row, and writes it if it is still the one that was read: what a caller that went
     /// away has left on its way comes to nothing once a later call was answered.

@@ -9,6 +9,8 @@ use crate::store::StoreErrorKind;
 pub(super) struct CreateSchema;
 
 impl Call for CreateSchema {
+    const CHECKED: bool = false;
+
     type Answer = ();
 
     async fn run(&self, connection: &mut MySqlConnection) -> Result<(), Failure> {
@@ -37,13 +39,11 @@ async fn create(connection: &mut MySqlConnection) -> Result<(), Failure> {
     )
     .fetch_one(&mut *connection)
     .await?;
-    if exists > 0 {
-        // Before anything is created: this release's tables may not fit another's.
-        match version(connection).await? {
-            // Somebody died before its last statement.
-            None => {}
-            Some(version) => check_version(version)?,
-        }
+    // Without a version, somebody died before the last statement.
+    if exists > 0
+        && let Some(version) = version(connection).await?
+    {
+        return check_version(version);
     }
     sqlx::raw_sql(MySqlStore::SCHEMA).execute(connection).await?;
     Ok(())
@@ -53,13 +53,16 @@ async fn create(connection: &mut MySqlConnection) -> Result<(), Failure> {
 pub(super) struct Check;
 
 impl Call for Check {
+    const CHECKED: bool = false;
+
     type Answer = ();
 
     async fn run(&self, connection: &mut MySqlConnection) -> Result<(), Failure> {
         // The isolation level has one name in MySQL and another in MariaDB.
         let variables = sqlx::raw_sql(
             "SHOW SESSION VARIABLES WHERE Variable_name IN (
-                 'version', 'autocommit', 'transaction_isolation', 'tx_isolation')",
+                 'version', 'autocommit', 'sql_safe_updates',
+                 'transaction_isolation', 'tx_isolation')",
         )
         .fetch_all(&mut *connection)
         .await?;
@@ -83,6 +86,9 @@ fn check_variable(name: &str, value: &str) -> Result<(), Failure> {
         }
         "autocommit" if value == "OFF" => {
             "the connections do not commit by themselves (autocommit = 0)".to_owned()
+        }
+        "sql_safe_updates" if value == "ON" => {
+            "the connections make no statements on many rows (sql_safe_updates = 1)".to_owned()
         }
         // An answer that a transaction has recorded and not committed may never be.
         "transaction_isolation" | "tx_isolation" if value == "READ-UNCOMMITTED" => {
