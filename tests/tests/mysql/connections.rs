@@ -2,14 +2,19 @@
 
 use std::{
     pin::pin,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    task::Poll,
     time::Instant,
 };
 
 use futures_util::FutureExt as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::Notify,
     time::{sleep, timeout},
 };
 
@@ -133,34 +138,89 @@ async fn a_lock_that_is_held_for_too_long_fails_the_call_and_no_later_one() {
     assert_eq!(kept(&store, &claim.key).await.payload, "answer");
 }
 
-/// The statement is still waiting at the server when its caller goes, and is carried out later.
+/// Its statement is still on its way when the caller goes, and arrives after the next call's.
 #[tokio::test]
 async fn what_nobody_waits_for_any_longer_replaces_nothing_later() {
     let fixture = Fixture::start().await;
-    let store = &fixture.store;
+    let proxy = Proxy::start(fixture.database.options().get_port()).await;
+    let pool = proxy.pool(&fixture.database);
+    let slow = MySqlStore::new(pool.clone());
     let claim = any_claim();
-    granted(store, &claim).await;
-    let held = lock(&fixture.pool, &claim.key).await;
+    granted(&slow, &claim).await;
+    assert_done(&slow.checkpoint(&checkpoint(&claim, "first")).await);
+    let connection: i64 = sqlx::query_scalar("SELECT CAST(CONNECTION_ID() AS SIGNED)")
+        .fetch_one(&pool)
+        .await
+        .expect("an id");
+
+    settled(&pool).await;
+    // The statement that reads goes through, and the one that writes does not.
+    proxy.faults.passing.store(1, Ordering::SeqCst);
     let (old, new) = (checkpoint(&claim, "old"), checkpoint(&claim, "new"));
     {
-        let mut overtaken = pin!(store.checkpoint(&old).fuse());
+        let mut overtaken = pin!(slow.checkpoint(&old).fuse());
         futures_util::select_biased! {
-            answer = overtaken => panic!("the row is locked; got {answer:?}"),
-            _ = pin!(waiting(&fixture.pool, 1).fuse()) => {}
+            answer = overtaken => panic!("it cannot be done; got {answer:?}"),
+            () = pin!(proxy.faults.stopped.notified().fuse()) => {}
         }
     }
-    let newer = async { assert_done(&store.checkpoint(&new).await) };
-    let unlock = async {
-        waiting(&fixture.pool, 2).await;
-        held.rollback().await.expect("an end");
-    };
-    tokio::join!(newer, unlock);
-    assert_eq!(kept(store, &claim.key).await.payload, "new");
-    // Whatever still comes on the connection of the first one is nobody's answer.
-    for _ in 0..20 {
-        let claim = any_claim();
-        assert_eq!(granted(store, &claim).await.key, claim.key);
-        assert_eq!(kept(store, &claim.key).await.key, claim.key);
+    assert_done(&fixture.store.checkpoint(&new).await);
+    proxy.faults.go_on.notify_one();
+    let start = Instant::now();
+    let alive = "SELECT COUNT(*) FROM information_schema.processlist WHERE id = ?";
+    while 0 < sqlx::query_scalar::<_, i64>(alive)
+        .bind(connection)
+        .fetch_one(&fixture.pool)
+        .await
+        .expect("a count")
+    {
+        assert!(start.elapsed() < PATIENCE, "the connection of who went away is still open");
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(kept(&fixture.store, &claim.key).await.payload, "new");
+}
+
+/// Whichever step of its conversation with the server it has come to.
+#[tokio::test]
+async fn a_caller_that_goes_away_leaves_no_answer_to_the_next_one() {
+    let fixture = Fixture::start().await;
+    let [claim, other] = [any_claim(), any_claim()];
+    granted(&fixture.store, &claim).await;
+    assert_done(&fixture.store.complete(&completion(&claim, vec![7; 1000])).await);
+    granted(&fixture.store, &other).await;
+    let proxy = Proxy::start(fixture.database.options().get_port()).await;
+    for steps in 0.. {
+        // Of a new connection, which has prepared nothing yet.
+        let pool = proxy.pool(&fixture.database);
+        let store = MySqlStore::new(pool.clone());
+        store.check().await.expect("a store that can work");
+        settled(&pool).await;
+        proxy.faults.crumbs.store(true, Ordering::SeqCst);
+        let gone = {
+            let again = claim_on(claim.key);
+            let mut replaying = pin!(store.claim(&again));
+            let mut pending = 0;
+            let step = std::future::poll_fn(|context| match replaying.as_mut().poll(context) {
+                Poll::Pending if pending < steps => {
+                    pending += 1;
+                    Poll::Pending
+                }
+                poll => Poll::Ready(poll.is_pending()),
+            });
+            step.await
+        };
+        proxy.faults.crumbs.store(false, Ordering::SeqCst);
+        let record = kept(&store, &other.key).await;
+        assert_eq!((record.key, record.token), (other.key, other.token), "after {steps} steps");
+        let replayed = store.claim(&claim_on(claim.key)).await;
+        assert!(
+            matches!(&replayed, Ok(Claimed::Found(record)) if record.payload.len() == 1000),
+            "after {steps} steps: {replayed:?}",
+        );
+        if !gone {
+            assert!(steps > 5, "it was answered after {steps} steps");
+            break;
+        }
     }
 }
 
@@ -196,68 +256,125 @@ async fn a_server_that_stands_still_dies_and_comes_back_is_used_again() {
     granted(&store, &any_claim()).await;
 }
 
-/// Stands between a store and its server, and breaks connections when the server answers.
+/// Stands between a store and its server.
 struct Proxy {
     port: u16,
+    faults: Arc<Faults>,
+}
+
+/// What a proxy does to its connections.
+struct Faults {
     /// How many more answers are to be lost, each with its connection.
-    lost: Arc<AtomicUsize>,
+    losing: AtomicUsize,
+    /// Whether answers come in small pieces.
+    crumbs: AtomicBool,
+    /// How many more packets of clients pass before one is stopped.
+    passing: AtomicUsize,
+    /// One has been stopped.
+    stopped: Notify,
+    /// It may go on, whether or not its client is still there.
+    go_on: Notify,
 }
 
 impl Proxy {
     async fn start(server: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
-        let lost = Arc::new(AtomicUsize::new(0));
-        let losing = Arc::clone(&lost);
+        let faults = Arc::new(Faults {
+            losing: AtomicUsize::new(0),
+            crumbs: AtomicBool::new(false),
+            passing: AtomicUsize::new(usize::MAX),
+            stopped: Notify::new(),
+            go_on: Notify::new(),
+        });
+        let shared = Arc::clone(&faults);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(Self::carry(client, server, Arc::clone(&losing)));
+                let faults = Arc::clone(&shared);
+                tokio::spawn(async move {
+                    let Ok(server) = TcpStream::connect(("127.0.0.1", server)).await else {
+                        return;
+                    };
+                    let (from_client, to_client) = client.into_split();
+                    let (from_server, to_server) = server.into_split();
+                    // Whichever ends first takes the other one along.
+                    let _: std::io::Result<()> = tokio::select! {
+                        ended = faults.ask(from_client, to_server) => ended,
+                        ended = faults.answer(from_server, to_client) => ended,
+                    };
+                });
             }
         });
-        Self { port, lost }
+        Self { port, faults }
     }
 
-    async fn carry(client: TcpStream, server: u16, lost: Arc<AtomicUsize>) {
-        let Ok(server) = TcpStream::connect(("127.0.0.1", server)).await else { return };
-        let (mut from_client, mut to_client) = client.into_split();
-        let (mut from_server, mut to_server) = server.into_split();
-        let there = async { tokio::io::copy(&mut from_client, &mut to_server).await.map(drop) };
-        let back = async {
-            let mut buffer = vec![0; 65536];
-            loop {
-                let read = from_server.read(&mut buffer).await?;
-                let less = |lost: usize| lost.checked_sub(1);
-                let lose = lost.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok();
-                if read == 0 || lose {
-                    return Ok(());
-                }
-                to_client.write_all(&buffer[..read]).await?;
+    /// One connection, through the proxy.
+    fn pool(&self, database: &Database) -> MySqlPool {
+        MySqlPoolOptions::new()
+            .max_connections(1)
+            .test_before_acquire(false)
+            .connect_lazy_with(database.options().port(self.port))
+    }
+}
+
+impl Faults {
+    async fn ask(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) -> std::io::Result<()> {
+        let mut buffer = vec![0; 65536];
+        loop {
+            let read = from.read(&mut buffer).await?;
+            if read == 0 {
+                return Ok(());
             }
-        };
-        // Whichever ends first takes the other one along.
-        let _: std::io::Result<()> =
-            tokio::select! { ended = there => ended, ended = back => ended };
+            if self.passing.fetch_sub(1, Ordering::SeqCst) == 0 {
+                self.passing.store(usize::MAX, Ordering::SeqCst);
+                self.stopped.notify_one();
+                self.go_on.notified().await;
+            }
+            to.write_all(&buffer[..read]).await?;
+        }
+    }
+
+    async fn answer(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) -> std::io::Result<()> {
+        let mut buffer = vec![0; 65536];
+        loop {
+            let read = from.read(&mut buffer).await?;
+            let less = |losing: usize| losing.checked_sub(1);
+            let lose = self.losing.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok();
+            if read == 0 || lose {
+                return Ok(());
+            }
+            if self.crumbs.load(Ordering::SeqCst) {
+                for crumb in buffer[..read].chunks(128) {
+                    to.write_all(crumb).await?;
+                    sleep(Duration::from_millis(1)).await;
+                }
+            } else {
+                to.write_all(&buffer[..read]).await?;
+            }
+        }
+    }
+}
+
+/// Waits until a pool's connection has nothing left to be answered.
+async fn settled(pool: &MySqlPool) {
+    while pool.num_idle() == 0 {
+        sleep(Duration::from_millis(1)).await;
     }
 }
 
 #[tokio::test]
 async fn an_answer_that_is_lost_makes_nobody_its_own_duplicate() {
     let fixture = Fixture::start().await;
-    let options = fixture.database.options();
-    let proxy = Proxy::start(options.get_port()).await;
-    let pool = MySqlPoolOptions::new()
-        .max_connections(1)
-        .test_before_acquire(false)
-        .connect_lazy_with(options.port(proxy.port));
+    let proxy = Proxy::start(fixture.database.options().get_port()).await;
+    let pool = proxy.pool(&fixture.database);
     let store = MySqlStore::new(pool.clone()).with_timeout(PATIENCE);
     let lose_one = || async {
-        // The connection is back in its pool, and has nothing left to be answered.
-        while pool.num_idle() == 0 {
-            sleep(Duration::from_millis(1)).await;
-        }
-        proxy.lost.store(1, Ordering::SeqCst);
+        settled(&pool).await;
+        proxy.faults.losing.store(1, Ordering::SeqCst);
     };
-    let carried_out = || assert_eq!(proxy.lost.load(Ordering::SeqCst), 0, "an answer was lost");
+    let carried_out = || {
+        assert_eq!(proxy.faults.losing.load(Ordering::SeqCst), 0, "an answer was lost");
+    };
     // What it prepares, it prepares twice: on the connection that breaks, and on the next one.
     for _ in 0..2 {
         let [claim, forgotten] = [any_claim(), any_claim()];
