@@ -11,10 +11,16 @@
     feature = "postgres",
     doc = "| [`PostgresStore`] | `postgres` | any number of processes, on PostgreSQL |"
 )]
+#![cfg_attr(
+    feature = "mysql",
+    doc = "| [`MySqlStore`] | `mysql` | any number of processes, on MySQL or MariaDB |"
+)]
 
 mod clock;
 mod manage;
 mod memory;
+#[cfg(feature = "mysql")]
+mod mysql;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod row;
@@ -33,6 +39,8 @@ pub use self::clock::{Clock, ManualClock};
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
 pub(crate) use self::sealed::{Redact, Sealed, Veil};
+#[cfg(feature = "mysql")]
+pub use self::mysql::MySqlStore;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresStore, SchemaMismatch};
 #[cfg(feature = "sqlite")]

@@ -1,0 +1,554 @@
+//! What a store is asked for, each on a connection that it is given.
+//!
+//! Each call is decided by one statement that the server carries out as a whole: an `INSERT`
+//! where there is no row, an `UPDATE` or a `DELETE` that says in its condition under which token or
+//! after which reading it holds. None leaves a transaction open, and all can be made again when
+//! nobody knows what became of them.
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use sqlx::{Connection as _, MySqlConnection, Row as _, mysql::MySqlRow};
+
+use super::{
+    failure::Failure,
+    row::{
+        Loaded, claim_of, columns, decode, from_now, insert, key_of, load, now, remove, replace,
+    },
+};
+use crate::{
+    key::{Key, OperationId, ScopeDigest, Token},
+    record::{FORMAT, Record},
+    store::{
+        Checkpoint, Completion, Kind, Listing, Page, Place, Purged, Renewal, StoreErrorKind,
+        Written,
+        clock::{Millis, after, end_of},
+        row::{Ended, Opening, Row, found},
+    },
+};
+
+/// A call, which can be made any number of times.
+pub(super) trait Call: Sync {
+    /// Whether it is made only once server and tables were found to be what the store needs.
+    const CHECKED: bool = true;
+
+    type Answer: Send;
+
+    /// How many bytes it carries to the server beside a little.
+    fn size(&self) -> usize {
+        0
+    }
+
+    fn run(
+        &self,
+        connection: &mut MySqlConnection,
+    ) -> impl Future<Output = Result<Self::Answer, Failure>> + Send;
+}
+
+/// Claims or issues a key.
+pub(super) struct Open<'a, O>(pub(super) &'a O);
+
+impl<O: Opening> Call for Open<'_, O> {
+    type Answer = O::Answer;
+
+    fn size(&self) -> usize {
+        let (row, _) = self.0.on_nothing(0);
+        row.map_or(0, |row| row.payload.len() + row.operation.len() + row.fingerprint.scheme.len())
+    }
+
+    /// One statement where the key has no row. Where it has one, that statement fails without
+    /// having written anything; the row is read, and changed by a second statement if the decision
+    /// on it says so.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<O::Answer, Failure> {
+        let opening = self.0;
+        // Who finds that a row has changed since it was read looks again: somebody else got on.
+        loop {
+            // From an instant 0 its times are spans.
+            let (row, answer) = opening.on_nothing(0);
+            match row {
+                Some(row) if insert(connection, &row).await? => return Ok(answer),
+                _ => {}
+            }
+            let Some(Loaded { row: before, now, stamp }) = load(connection, opening.key()).await?
+            else {
+                match opening.on_nothing(0) {
+                    // It was removed in between.
+                    (Some(_), _) => continue,
+                    (None, answer) => return Ok(answer),
+                }
+            };
+            let (row, answer) = match found(Some(&before), opening.format(), now)? {
+                Some(row) => {
+                    let mut row = row.clone();
+                    let (changed, answer) = opening.on_row(&mut row, now);
+                    (changed.then_some(row), answer)
+                }
+                None => opening.on_nothing(now),
+            };
+            let Some(row) = row else { return Ok(answer) };
+            if replace(connection, stamp, &row).await? {
+                return Ok(answer);
+            }
+        }
+    }
+}
+
+/// Records an answer.
+pub(super) struct Complete<'a>(pub(super) &'a Completion);
+
+impl Call for Complete<'_> {
+    type Answer = Written;
+
+    fn size(&self) -> usize {
+        self.0.payload.len()
+    }
+
+    /// One statement; a second one reads the row if that has changed nothing.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
+        let completion = self.0;
+        loop {
+            if complete(connection, completion).await? {
+                return Ok(Written::Done);
+            }
+            let looked = look(connection, &completion.key, completion.format).await?;
+            let Some(Loaded { mut row, now, .. }) = looked else { return Ok(Written::Gone) };
+            match row.complete(completion, now) {
+                // It was not held a moment ago, and now it is.
+                Ended::Changed | Ended::Removed => {}
+                Ended::Already => return Ok(Written::Done),
+                Ended::Fenced => return Ok(Written::Fenced(row.record(now))),
+            }
+        }
+    }
+}
+
+/// Does what [`Row::complete`] does, if the key is held under the token.
+async fn complete(
+    connection: &mut MySqlConnection,
+    completion: &Completion,
+) -> Result<bool, Failure> {
+    let span = end_of(0, completion.ttl);
+    // 2 is `Flags::ISSUED`. The flags come last, since what stands before reads them.
+    let completed = sqlx::query(concat!(
+        "UPDATE idem_records SET
+             state = 3,
+             lease_end = ",
+        now!(),
+        ",
+             valid_until = IF(flags & 2, valid_until, ",
+        from_now!("?"),
+        "),
+             kept_until = IF(flags & 2, kept_until, ",
+        from_now!("?"),
+        "),
+             format = ?, version = version + 1, payload = ?, flags = flags | ?
+         WHERE record_key = ? AND token = ? AND state = 1 AND format BETWEEN 1 AND ?
+           AND kept_until > ",
+        now!()
+    ))
+    .bind(span)
+    .bind(span)
+    .bind(completion.format)
+    .bind(&completion.payload[..])
+    .bind(completion.flags.bits())
+    .bind(&completion.key.as_bytes()[..])
+    .bind(&completion.token.as_bytes()[..])
+    .bind(completion.format)
+    .execute(connection)
+    .await?;
+    Ok(completed.rows_affected() > 0)
+}
+
+/// Changes a row under a token.
+pub(super) enum Change<'a> {
+    Checkpoint(&'a Checkpoint),
+    Release(&'a Key, &'a Token),
+    Forget(&'a Key, &'a Token),
+}
+
+impl Change<'_> {
+    fn key(&self) -> &Key {
+        match self {
+            Self::Checkpoint(checkpoint) => &checkpoint.key,
+            Self::Release(key, _) | Self::Forget(key, _) => key,
+        }
+    }
+
+    /// The newest format that the caller reads.
+    fn format(&self) -> u16 {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.format,
+            Self::Release(..) | Self::Forget(..) => FORMAT,
+        }
+    }
+
+    fn on_row(&self, row: &mut Row, now: Millis) -> Ended {
+        match self {
+            Self::Checkpoint(checkpoint) => row.checkpoint(checkpoint),
+            Self::Release(_, token) => row.release(**token, now),
+            Self::Forget(_, token) => row.forget(**token, now),
+        }
+    }
+}
+
+impl Call for Change<'_> {
+    type Answer = Written;
+
+    fn size(&self) -> usize {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.payload.len(),
+            Self::Release(..) | Self::Forget(..) => 0,
+        }
+    }
+
+    /// Reads the row, and writes it if it is still the one that was read: what a caller that went
+    /// away has left on its way comes to nothing once a later call was answered.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
+        loop {
+            let looked = look(connection, self.key(), self.format()).await?;
+            let Some(Loaded { mut row, now, stamp }) = looked else { return Ok(Written::Gone) };
+            let done = match self.on_row(&mut row, now) {
+                Ended::Changed => replace(connection, stamp, &row).await?,
+                Ended::Removed => remove(connection, stamp).await?,
+                Ended::Already => true,
+                Ended::Fenced => return Ok(Written::Fenced(row.record(now))),
+            };
+            if done {
+                return Ok(Written::Done);
+            }
+        }
+    }
+}
+
+/// Reads a record.
+pub(super) struct Read<'a>(pub(super) &'a Key);
+
+impl Call for Read<'_> {
+    type Answer = Option<Record>;
+
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Option<Record>, Failure> {
+        let looked = look(connection, self.0, FORMAT).await?;
+        Ok(looked.map(|Loaded { row, now, .. }| row.record(now)))
+    }
+}
+
+/// Reads a row, unless it is over.
+async fn look(
+    connection: &mut MySqlConnection,
+    key: &Key,
+    format: u16,
+) -> Result<Option<Loaded>, Failure> {
+    let Some(loaded) = load(connection, key).await? else { return Ok(None) };
+    let kept = found(Some(&loaded.row), format, loaded.now)?.is_some();
+    Ok(kept.then_some(loaded))
+}
+
+/// Extends leases.
+pub(super) struct Renew<'a>(pub(super) &'a [Renewal]);
+
+/// Many rows, by a list of keys and of what else a statement says of each. The list leads the
+/// server to each row by its key: it must not look through the others, which may be locked for as
+/// long as somebody's transaction.
+macro_rules! listed {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (
+             record_key CHAR(64) PATH '$[0]',
+             token CHAR(32) PATH '$[1]',
+             lease BIGINT PATH '$[2]')) AS listed
+         STRAIGHT_JOIN idem_records AS existing FORCE INDEX (PRIMARY)
+             ON existing.record_key = UNHEX(listed.record_key)"
+    };
+}
+
+/// A list of keys for [`listed!`], each with what else is to be said of it.
+fn list(entries: impl Iterator<Item = (Key, String)>) -> String {
+    let mut list = String::from("[");
+    for (key, rest) in entries {
+        let separator = if list.len() > 1 { "," } else { "" };
+        // Writing to a string cannot fail.
+        let _ = write!(list, "{separator}[\"{}\"{rest}]", hex(key.as_bytes()));
+    }
+    list.push(']');
+    list
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let mut hex = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        let _ = write!(hex, "{byte:02x}");
+    }
+    hex
+}
+
+/// Which of the listed rows are held under the token that is listed with them.
+macro_rules! held {
+    () => {
+        concat!(
+            "existing.token = UNHEX(listed.token) AND state = 1 AND format BETWEEN 1 AND ?
+             AND kept_until > ",
+            now!()
+        )
+    };
+}
+
+impl Call for Renew<'_> {
+    type Answer = Vec<bool>;
+
+    /// One statement; a second one says which are held, if not all are.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<bool>, Failure> {
+        // Each claim once and all in order, so that no two calls wait for each other.
+        let mut leases = BTreeMap::new();
+        for renewal in self.0 {
+            let claim = (*renewal.key.as_bytes(), *renewal.token.as_bytes());
+            let lease: &mut Millis = leases.entry(claim).or_default();
+            *lease = after(0, renewal.lease).max(*lease);
+        }
+        let list = list(leases.iter().map(|((key, token), lease)| {
+            (Key::from_bytes(*key), format!(",\"{}\",{lease}", hex(token)))
+        }));
+        let renewed = sqlx::query(concat!(
+            "UPDATE ",
+            listed!(),
+            " SET
+                 lease_end = GREATEST(lease_end, ",
+            from_now!("listed.lease"),
+            "),
+                 valid_until = IF(flags & 2, valid_until, GREATEST(valid_until, ",
+            from_now!("listed.lease"),
+            ")),
+                 kept_until = GREATEST(kept_until, ",
+            from_now!("listed.lease"),
+            "),
+                 version = version + 1
+             WHERE ",
+            held!()
+        ))
+        .bind(&list)
+        .bind(FORMAT)
+        .execute(&mut *connection)
+        .await?;
+        if renewed.rows_affected() == leases.len() as u64 {
+            return Ok(vec![true; self.0.len()]);
+        }
+        let rows = sqlx::query(concat!(
+            "SELECT existing.record_key, existing.token FROM ",
+            listed!(),
+            " WHERE ",
+            held!()
+        ))
+        .bind(&list)
+        .bind(FORMAT)
+        .fetch_all(connection)
+        .await?;
+        let held: Vec<_> = rows.iter().flat_map(claim_of).collect();
+        let answer = self.0.iter().map(|renewal| held.contains(&(renewal.key, renewal.token)));
+        Ok(answer.collect())
+    }
+}
+
+/// Removes some rows that are over.
+pub(super) struct Sweep(pub(super) usize);
+
+impl Call for Sweep {
+    type Answer = usize;
+
+    /// Skips what others hold locked: another sweeper, a claim, or a handler's transaction. Rows
+    /// that this release does not understand stay, whatever they seem to say of their time.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<usize, Failure> {
+        let mut transaction = connection.begin().await?;
+        let rows = sqlx::query(concat!(
+            "SELECT record_key FROM idem_records FORCE INDEX (idem_records_kept_until)
+             WHERE kept_until <= ",
+            now!(),
+            " AND format BETWEEN 1 AND ? AND state <= 3 AND valid_until <= kept_until
+             ORDER BY kept_until LIMIT ?
+             FOR UPDATE SKIP LOCKED"
+        ))
+        .bind(FORMAT)
+        .bind(self.0 as u64)
+        .fetch_all(&mut *transaction)
+        .await?;
+        let keys: Vec<_> = rows.iter().flat_map(key_of).collect();
+        let list = list(keys.iter().map(|key| (*key, String::new())));
+        let removed = sqlx::query(concat!("DELETE existing FROM ", listed!()))
+            .bind(&list)
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(usize::try_from(removed.rows_affected()).unwrap_or(usize::MAX))
+    }
+}
+
+/// Rows whose owner holds the claim, as far as anybody knows.
+macro_rules! leased {
+    () => {
+        concat!("(state = 1 AND lease_end > ", now!(), ")")
+    };
+}
+
+/// Finds a record by its operation.
+pub(super) struct Find<'a>(pub(super) &'a OperationId);
+
+impl Call for Find<'_> {
+    type Answer = Option<Record>;
+
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Option<Record>, Failure> {
+        let row = sqlx::query(concat!(
+            "SELECT ",
+            columns!(),
+            ", payload, ",
+            now!(),
+            " AS read_at FROM idem_records WHERE operation_id = ? LIMIT 1"
+        ))
+        .bind(&self.0.as_bytes()[..])
+        .fetch_optional(connection)
+        .await?;
+        let Some(Loaded { row, now, .. }) = row.map(|row| decode(&row)).transpose()? else {
+            return Ok(None);
+        };
+        Ok(found(Some(&row), FORMAT, now)?.map(|row| row.record(now)))
+    }
+}
+
+/// Lists records.
+pub(super) struct List<'a>(pub(super) &'a Listing);
+
+impl Call for List<'_> {
+    type Answer = Page;
+
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Page, Failure> {
+        let listing = self.0;
+        let limit = listing.limit.max(1);
+        let statement = format!(
+            concat!(
+                "SELECT ",
+                columns!(),
+                ", x'' AS payload, ",
+                now!(),
+                " AS read_at FROM idem_records
+                 WHERE kept_until > ",
+                now!(),
+                " AND (created > ? OR created = ? AND record_key > ?)
+                   AND (? OR scope = ?)
+                   AND {}
+                 ORDER BY created, record_key LIMIT ?"
+            ),
+            condition(listing.kind),
+        );
+        // Nothing was made before that, and a key of zeros may have been made then.
+        let beginning = Place { created: Millis::MIN, key: Key::from_bytes([0; 32]) };
+        let after = listing.after.unwrap_or(beginning);
+        let scope = listing.scope.as_ref().map_or(&[][..], |scope| &scope.as_bytes()[..]);
+        let rows = sqlx::query(sqlx::AssertSqlSafe(statement))
+            .bind(after.created)
+            .bind(after.created)
+            .bind(&after.key.as_bytes()[..])
+            .bind(listing.scope.is_none())
+            .bind(scope)
+            // One more, which says whether there is another page.
+            .bind((limit as u64).saturating_add(1))
+            .fetch_all(connection)
+            .await?;
+        let mut records = Vec::with_capacity(rows.len().min(limit));
+        for row in rows.iter().take(limit) {
+            match decode(row) {
+                Ok(Loaded { row, now, .. }) => records.push(row.record(now)),
+                Err(kind) => tracing::warn!(key = ?place(row)?.key, "not listed: {kind}"),
+            }
+        }
+        let next = match rows.get(limit) {
+            Some(_) => rows.get(limit - 1).map(place).transpose()?,
+            None => None,
+        };
+        Ok(Page { records, next })
+    }
+}
+
+/// What [`Kind::covers`] says, of rows that are kept.
+const fn condition(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Any => "TRUE",
+        Kind::Running => leased!(),
+        Kind::Unsettled => concat!("(state = 2 OR state = 1 AND lease_end <= ", now!(), ")"),
+        Kind::Tombstones => "state = 3 AND flags & 1",
+    }
+}
+
+/// The place of a row that was listed.
+fn place(row: &MySqlRow) -> Result<Place, Failure> {
+    let key = key_of(row).map_err(|()| StoreErrorKind::Corrupt)?;
+    Ok(Place { created: row.try_get("created")?, key })
+}
+
+/// Removes the record of a key, unless its lease is alive.
+pub(super) struct PurgeKey<'a>(pub(super) &'a Key);
+
+impl Call for PurgeKey<'_> {
+    type Answer = Purged;
+
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Purged, Failure> {
+        let removed = sqlx::query(concat!(
+            "DELETE FROM idem_records WHERE record_key = ? AND NOT ",
+            leased!()
+        ))
+        .bind(&self.0.as_bytes()[..])
+        .execute(&mut *connection)
+        .await?;
+        if removed.rows_affected() > 0 {
+            return Ok(Purged { removed: 1, running: 0 });
+        }
+        let running: i64 =
+            sqlx::query_scalar("SELECT COUNT(*) FROM idem_records WHERE record_key = ?")
+                .bind(&self.0.as_bytes()[..])
+                .fetch_one(connection)
+                .await?;
+        Ok(Purged { removed: 0, running: usize::try_from(running).unwrap_or(usize::MAX) })
+    }
+}
+
+/// Removes some records of a scope, but for those whose lease is alive.
+pub(super) struct PurgeScope<'a> {
+    pub(super) scope: &'a ScopeDigest,
+    pub(super) limit: usize,
+}
+
+impl Call for PurgeScope<'_> {
+    type Answer = Purged;
+
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Purged, Failure> {
+        // Found without a lock, since to read through the table takes its time, and looked at again
+        // by the statement that removes them.
+        let rows = sqlx::query(concat!(
+            "SELECT record_key FROM idem_records WHERE scope = ? AND NOT ",
+            leased!(),
+            " LIMIT ?"
+        ))
+        .bind(&self.scope.as_bytes()[..])
+        .bind(self.limit as u64)
+        .fetch_all(&mut *connection)
+        .await?;
+        let keys: Vec<_> = rows.iter().flat_map(key_of).collect();
+        let list = list(keys.iter().map(|key| (*key, String::new())));
+        let removed = sqlx::query(concat!(
+            "DELETE existing FROM ",
+            listed!(),
+            " WHERE scope = ? AND NOT ",
+            leased!()
+        ))
+        .bind(&list)
+        .bind(&self.scope.as_bytes()[..])
+        .execute(&mut *connection)
+        .await?;
+        let removed = usize::try_from(removed.rows_affected()).unwrap_or(usize::MAX);
+        if keys.len() == self.limit {
+            return Ok(Purged { removed, running: 0 });
+        }
+        let running: i64 = sqlx::query_scalar(concat!(
+            "SELECT COUNT(*) FROM idem_records WHERE scope = ? AND ",
+            leased!()
+        ))
+        .bind(&self.scope.as_bytes()[..])
+        .fetch_one(connection)
+        .await?;
+        Ok(Purged { removed, running: usize::try_from(running).unwrap_or(usize::MAX) })
+    }
+}
