@@ -7,10 +7,16 @@
     feature = "sqlite",
     doc = "| [`SqliteStore`] | `sqlite` | one machine: survives restarts and crashes |"
 )]
+#![cfg_attr(
+    feature = "redis",
+    doc = "| [`RedisStore`] | `redis` | many processes: Redis, Valkey or Redis Cluster |"
+)]
 
 mod clock;
 mod manage;
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 mod row;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -24,6 +30,8 @@ use futures_util::future::BoxFuture;
 pub use self::clock::{Clock, ManualClock};
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
 pub use self::wake::{Signal, Wake};

@@ -1,0 +1,172 @@
+//! The way to the servers: connections, time-outs, and what an error means.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use redis::{
+    Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value,
+    aio::ConnectionManager,
+    cluster_async::ClusterConnection,
+    cluster_routing::{
+        MultipleNodeRoutingInfo, Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr,
+    },
+};
+
+use super::NAME;
+use crate::store::{StoreError, StoreErrorKind};
+
+/// A connection that many calls share and that restores itself.
+#[derive(Clone)]
+pub(super) enum Connection {
+    Single(ConnectionManager),
+    Cluster(ClusterConnection),
+}
+
+/// A server that holds records.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Node {
+    Single,
+    /// A master of a cluster.
+    Of {
+        host: Arc<str>,
+        port: u16,
+    },
+}
+
+impl Node {
+    /// How people know it.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Single => "the server".to_owned(),
+            Self::Of { host, port } => format!("{host}:{port}"),
+        }
+    }
+
+    /// Reads what the client calls it: a host and a port, the host of an IPv6 address in brackets.
+    fn named(name: &str) -> Option<Self> {
+        let (host, port) = name.rsplit_once(':')?;
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        Some(Self::Of { host: host.into(), port: port.parse().ok()? })
+    }
+}
+
+impl Connection {
+    /// Sends a command to where it belongs.
+    pub(super) async fn send(&self, command: &Cmd) -> RedisResult<Value> {
+        match self {
+            Self::Single(connection) => command.query_async(&mut connection.clone()).await,
+            Self::Cluster(connection) => command.query_async(&mut connection.clone()).await,
+        }
+    }
+
+    /// Sends a command that concerns a key, and then, on the same connection, one that concerns
+    /// whatever was sent on it before.
+    pub(super) async fn send_both(
+        &self,
+        key: &str,
+        first: Cmd,
+        second: Cmd,
+    ) -> RedisResult<[Value; 2]> {
+        let mut both = Pipeline::with_capacity(2);
+        both.add_command(first).add_command(second);
+        let answers = match self {
+            Self::Single(connection) => connection.clone().send_packed_commands(&both, 0, 2).await?,
+            Self::Cluster(connection) => {
+                let route = Route::with_key(key, SlotAddr::Master);
+                let node = SingleNodeRoutingInfo::SpecificNode(route);
+                connection.clone().route_pipeline(both, 0, 2, node).await?
+            }
+        };
+        let answers: Vec<_> =
+            answers.into_iter().map(Value::extract_error).collect::<RedisResult<_>>()?;
+        let unexpected = |_| (ErrorKind::UnexpectedReturnType, "not two answers").into();
+        answers.try_into().map_err(unexpected)
+    }
+
+    /// Sends a command to one server.
+    pub(super) async fn send_to(&self, node: &Node, command: Cmd) -> RedisResult<Value> {
+        match (self, node) {
+            (Self::Cluster(connection), Node::Of { host, port }) => {
+                let node = SingleNodeRoutingInfo::ByAddress { host: (**host).into(), port: *port };
+                let route = RoutingInfo::SingleNode(node);
+                connection.clone().route_command(command, route).await?.extract_error()
+            }
+            _ => self.send(&command).await,
+        }
+    }
+
+    /// Sends a command to every server that holds records; each answers for itself.
+    pub(super) async fn send_to_all(
+        &self,
+        command: Cmd,
+    ) -> RedisResult<Vec<(Node, RedisResult<Value>)>> {
+        let Self::Cluster(connection) = self else {
+            return Ok(vec![(Node::Single, self.send(&command).await)]);
+        };
+        let route = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
+        let answer = connection.clone().route_command(command, route).await?;
+        let answers = answer.into_map_iter().map_err(|_| unexpected())?;
+        let answers = answers.map(|(name, answer)| {
+            let name: String = redis::from_redis_value(name)?;
+            Ok((Node::named(&name).ok_or_else(unexpected)?, answer.extract_error()))
+        });
+        answers.collect()
+    }
+
+    /// Whether all servers are one.
+    pub(super) const fn is_single(&self) -> bool {
+        matches!(self, Self::Single(_))
+    }
+}
+
+pub(super) fn unexpected() -> RedisError {
+    (ErrorKind::UnexpectedReturnType, "an answer of another form").into()
+}
+
+/// Waits for an answer, but not for longer than this.
+pub(super) async fn within<T>(
+    time: Duration,
+    answer: impl Future<Output = RedisResult<T>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout(time, answer).await {
+        Ok(answer) => answer.map_err(failure),
+        Err(late) => Err(StoreError::caused_by(NAME, StoreErrorKind::TimedOut, late)),
+    }
+}
+
+pub(super) fn failure(error: RedisError) -> StoreError {
+    StoreError::caused_by(NAME, kind_of(&error), error)
+}
+
+/// By the client's kinds and by the code at the beginning of a server's error,
+/// <https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>.
+fn kind_of(error: &RedisError) -> StoreErrorKind {
+    match error.kind() {
+        ErrorKind::Io if error.is_timeout() => StoreErrorKind::TimedOut,
+        ErrorKind::Io | ErrorKind::Parse | ErrorKind::ClusterConnectionNotFound => {
+            StoreErrorKind::Unreachable
+        }
+        // A server that starts, fails over or is being moved; the client has followed and waited
+        // for as long as it does. Scripts that vanish at each call are a server that restarts.
+        ErrorKind::Server(
+            ServerErrorKind::BusyLoading
+            | ServerErrorKind::NoScript
+            | ServerErrorKind::Moved
+            | ServerErrorKind::Ask
+            | ServerErrorKind::TryAgain
+            | ServerErrorKind::ClusterDown
+            | ServerErrorKind::MasterDown
+            | ServerErrorKind::ReadOnly,
+        ) => StoreErrorKind::Unreachable,
+        ErrorKind::Extension => match error.code() {
+            Some("OOM") => StoreErrorKind::Full,
+            // A script of somebody else's takes all of the server's time.
+            Some("BUSY") => StoreErrorKind::TimedOut,
+            // Fewer replicas than `min-replicas-to-write`.
+            Some("NOREPLICAS") => StoreErrorKind::Unreachable,
+            // The key holds something else than a record.
+            Some("WRONGTYPE") => StoreErrorKind::Corrupt,
+            _ => StoreErrorKind::Refused,
+        },
+        _ => StoreErrorKind::Refused,
+    }
+}
