@@ -2,7 +2,8 @@
 //!
 //! A store that passes them is one that the engine can rely on. Write a [`StoreFixture`] for it and
 //! name it in [`store_laws!`](crate::store_laws); each law then is a test of its own. A law panics
-//! when it is broken, and says what was seen.
+//! when it is broken, and says what was seen. A store that can be searched is named in
+//! [`manage_laws!`](crate::manage_laws) too.
 //!
 //! Laws advance time and never sleep. They leave ten seconds' tolerance to stores whose clock runs
 //! on by itself, which is why their leases last for minutes.
@@ -51,6 +52,7 @@ mod checkpoints;
 mod claiming;
 mod ending;
 mod issuing;
+mod managing;
 mod time;
 
 use std::{sync::Arc, time::Duration};
@@ -76,6 +78,10 @@ pub use self::{
         a_forgotten_issued_key_is_issued_again, a_released_issued_key_stays_with_its_request,
         an_issued_key_keeps_its_validity, issuing_happens_once,
         only_issued_keys_are_granted_to_who_asks_for_them,
+    },
+    managing::{
+        a_listing_goes_from_the_oldest_to_the_youngest, a_purge_ends_at_its_scope,
+        a_purge_leaves_the_running, a_purged_key_was_never_used, an_operation_is_found_by_its_id,
     },
     time::{
         an_unfinished_record_is_kept_for_its_time_to_live,
@@ -154,6 +160,24 @@ macro_rules! store_laws {
                 $crate::testing::$law(&$fixture).await;
             }
         )+
+    };
+}
+
+/// Makes one test of each law of the [`Manage`](crate::store::Manage) trait, as
+/// [`store_laws!`](crate::store_laws) does of those of the store.
+///
+/// The store must be one that can be searched: where [`manage`](crate::store::Store::manage) is
+/// `None`, each law is broken.
+#[macro_export]
+macro_rules! manage_laws {
+    ($fixture:expr $(,)?) => {
+        $crate::store_laws! { @each $fixture;
+            an_operation_is_found_by_its_id
+            a_listing_goes_from_the_oldest_to_the_youngest
+            a_purged_key_was_never_used
+            a_purge_leaves_the_running
+            a_purge_ends_at_its_scope
+        }
     };
 }
 

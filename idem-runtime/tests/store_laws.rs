@@ -43,6 +43,7 @@ mod memory {
     }
 
     idem_runtime::store_laws!(fixture());
+    idem_runtime::manage_laws!(fixture());
 }
 
 mod sqlite_file {
@@ -59,6 +60,7 @@ mod sqlite_file {
     }
 
     idem_runtime::store_laws!(fixture().await);
+    idem_runtime::manage_laws!(fixture().await);
 }
 
 mod sqlite_in_memory {
@@ -71,4 +73,5 @@ mod sqlite_in_memory {
     }
 
     idem_runtime::store_laws!(fixture().await);
+    idem_runtime::manage_laws!(fixture().await);
 }

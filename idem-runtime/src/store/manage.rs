@@ -12,6 +12,7 @@ use crate::{
 /// What look-ups and operators ask of a store, beside the claims of the engine.
 ///
 /// Nothing here is on the way of a request: a store may look through everything that it has.
+/// Payloads, which may be somebody's data, are read by [`find`](Self::find) alone.
 ///
 /// # Laws
 ///
@@ -40,15 +41,18 @@ pub trait Manage: Send + Sync {
 
     /// The oldest records of a kind, by when they were made and then by key.
     ///
-    /// Records of a newer format are among them: to list them reads no payload.
+    /// Records of a newer format are among them: to list them reads no payload. What is damaged so
+    /// that it cannot be told what it is, is left out; a store says so in its log.
     ///
     /// # Errors
     ///
     /// When the store cannot answer.
     fn list<'a>(&'a self, listing: &'a Listing) -> BoxFuture<'a, Result<Page, StoreError>>;
 
-    /// Removes records whatever their state, but for those whose lease is alive: their handlers are
-    /// running, and a request with the same key would run beside them.
+    /// Removes records whatever their state and format, sound or damaged, but for those whose lease
+    /// is alive: their handlers are running, and a request with the same key would run beside them.
+    ///
+    /// What is over and was not swept yet is removed too, and may be counted.
     ///
     /// # Errors
     ///
@@ -65,7 +69,7 @@ pub struct Listing {
     pub scope: Option<ScopeDigest>,
     /// Behind which place: where the page before ended.
     pub after: Option<Place>,
-    /// At most how many.
+    /// At most how many; zero is taken as one.
     pub limit: usize,
 }
 

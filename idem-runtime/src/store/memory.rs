@@ -1,5 +1,7 @@
 //! Records in this process's memory.
 
+mod manage;
+
 use std::{
     cmp::Reverse,
     collections::BinaryHeap,
@@ -14,7 +16,7 @@ use futures_util::future::BoxFuture;
 use hashbrown::{HashTable, hash_table::Entry as Place};
 
 use super::{
-    Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, Store, StoreError,
+    Checkpoint, Claim, Claimed, Clock, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Written,
     clock::{Millis, NEVER},
     row::{Ended, Opening, Row, found},
@@ -458,6 +460,10 @@ impl Store for MemoryStore {
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(async move { Ok(self.0.sweep(limit)) })
+    }
+
+    fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
     }
 }
 

@@ -310,8 +310,22 @@ impl Row {
         matches!(found(Some(self), FORMAT, now), Ok(None))
     }
 
+    /// Whether its owner holds the claim, as far as anybody knows.
+    pub(super) fn is_leased(&self, now: Millis) -> bool {
+        self.state == State::Running && self.lease_end > now
+    }
+
     /// The record, with its times relative to now.
     pub(super) fn record(&self, now: Millis) -> Record {
+        self.record_with(self.payload.clone(), now)
+    }
+
+    /// The record without its payload.
+    pub(super) fn summary(&self, now: Millis) -> Record {
+        self.record_with(Bytes::new(), now)
+    }
+
+    fn record_with(&self, payload: Bytes, now: Millis) -> Record {
         Record {
             key: self.key,
             scope: self.scope,
@@ -330,7 +344,7 @@ impl Row {
             age: until(self.created, now),
             format: self.format,
             flags: self.flags,
-            payload: self.payload.clone(),
+            payload,
         }
     }
 }

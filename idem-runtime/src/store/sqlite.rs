@@ -5,6 +5,7 @@
 //! and by the same code as in memory ([`batch`]).
 
 mod batch;
+mod manage;
 mod queue;
 
 use std::{
@@ -28,7 +29,7 @@ use sqlx::{
 
 use self::queue::{Op, Queue, Reply};
 use super::{
-    Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, Store, StoreError,
+    Checkpoint, Claim, Claimed, Clock, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Written, row::found,
 };
 use crate::{
@@ -42,7 +43,7 @@ const NAME: &str = "sqlite";
 const SCHEMA_VERSION: i64 = 1;
 /// For how long a connection waits for the lock of another process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many rows a sweep removes in one transaction: a pause of a few milliseconds for the claims
+/// How many rows a sweep or a purge removes in one transaction: a pause of a few milliseconds for the claims
 /// that wait behind it.
 const SWEPT_AT_ONCE: usize = 500;
 
@@ -384,6 +385,10 @@ impl Store for SqliteStore {
             }
             Ok(removed)
         })
+    }
+
+    fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
     }
 }
 

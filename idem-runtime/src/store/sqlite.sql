@@ -34,3 +34,7 @@ CREATE TABLE IF NOT EXISTS idem_records (
 
 -- What the sweeper goes by.
 CREATE INDEX IF NOT EXISTS idem_records_kept_until ON idem_records (kept_until);
+
+-- What an application and a support ticket ask by. It is not unique: a claimant that proposes an id
+-- a second time must not fail for it.
+CREATE INDEX IF NOT EXISTS idem_records_operation_id ON idem_records (operation_id);

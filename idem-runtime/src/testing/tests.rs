@@ -3,7 +3,9 @@
 use std::sync::Mutex;
 
 use super::*;
-use crate::store::{Clock, ManualClock, MemoryStore, Renewal};
+use crate::store::{
+    Clock, Kind, Listing, Manage, ManualClock, MemoryStore, Page, Place, Purge, Purged, Renewal,
+};
 
 /// What a broken store does wrong.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +39,18 @@ enum Fault {
     TakeoverLosesTheCheckpoint,
     CheckpointRenewsTheLease,
     IgnoresTheTokenOnCheckpoint,
+    FindsOnlyWhatRuns,
+    FindsBySomeOldId,
+    ListsTheYoungestFirst,
+    ListsPayloads,
+    ListsAPlaceTwice,
+    ListsEverybody,
+    TakesALapsedLeaseForRunning,
+    PurgeReleases,
+    PurgesTheRunning,
+    PurgesEverybody,
+    PurgesWithoutLimit,
+    PurgesTheCompletedOnly,
 }
 
 /// A memory store with a fault.
@@ -47,6 +61,8 @@ struct Broken {
     clock: ManualClock,
     /// Time that has passed without the store's noticing.
     unnoticed: Mutex<Duration>,
+    /// Operation ids that were proposed, and the keys that they were proposed for.
+    proposed: Mutex<Vec<(OperationId, Key)>>,
 }
 
 impl Broken {
@@ -58,6 +74,7 @@ impl Broken {
 
     async fn broken_claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
         let mut claim = claim.clone();
+        self.proposed.lock().unwrap().push((claim.operation_id, claim.key));
         match self.fault {
             Fault::LooksThenActs => {
                 let seen = self.inner.read(&claim.key).await?;
@@ -248,6 +265,112 @@ impl Store for Broken {
             self.inner.sweep(limit).await
         })
     }
+
+    fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
+    }
+}
+
+impl Broken {
+    async fn broken_list(&self, listing: &Listing) -> Result<Page, StoreError> {
+        let mut listing = *listing;
+        match self.fault {
+            Fault::ListsEverybody => listing.scope = None,
+            Fault::TakesALapsedLeaseForRunning if listing.kind == Kind::Running => {
+                listing.kind = Kind::Unsettled;
+            }
+            _ => {}
+        }
+        let mut page = self.inner.list(&listing).await?;
+        match self.fault {
+            Fault::ListsTheYoungestFirst => page.records.reverse(),
+            Fault::ListsPayloads => {
+                for record in &mut page.records {
+                    if let Ok(Some(whole)) = self.inner.read(&record.key).await {
+                        *record = whole;
+                    }
+                }
+            }
+            // As one that pages by time alone, and looks at its bound again.
+            Fault::ListsAPlaceTwice => {
+                let none = Key::from_bytes([0; 32]);
+                page.next = page.next.map(|next| match next.created {
+                    created if listing.limit > 12 => Place { created, key: none },
+                    _ => next,
+                });
+            }
+            _ => {}
+        }
+        Ok(page)
+    }
+
+    async fn broken_purge(&self, purge: &Purge) -> Result<Purged, StoreError> {
+        let mut purge = *purge;
+        match (self.fault, &mut purge) {
+            (Fault::PurgeReleases, Purge::Key(key)) => {
+                let running = self.inner.read(key).await?;
+                let leased = running.is_some_and(|record| !record.lease_left.is_zero());
+                let token = self.token_of(key, Token::random()).await;
+                if !leased && let Written::Done = self.inner.release(key, &token).await? {
+                    return Ok(Purged { removed: 1, running: 0 });
+                }
+            }
+            (Fault::PurgesTheRunning, Purge::Key(key)) => {
+                let token = self.token_of(key, Token::random()).await;
+                if let Written::Done = self.inner.forget(key, &token).await? {
+                    return Ok(Purged { removed: 1, running: 0 });
+                }
+            }
+            (Fault::PurgesTheCompletedOnly, Purge::Key(key)) => {
+                let record = self.inner.read(key).await.ok().flatten();
+                if record.is_none_or(|record| record.state != crate::record::State::Completed) {
+                    return Ok(Purged::default());
+                }
+            }
+            (Fault::PurgesEverybody, Purge::Scope { limit, .. }) => {
+                let (kind, scope, after) = (Kind::Any, None, None);
+                let listing = Listing { kind, scope, after, limit: *limit };
+                for record in self.inner.list(&listing).await?.records {
+                    self.inner.purge(&Purge::Key(record.key)).await?;
+                }
+            }
+            (Fault::PurgesWithoutLimit, Purge::Scope { limit, .. }) => *limit = usize::MAX,
+            _ => {}
+        }
+        self.inner.purge(&purge).await
+    }
+}
+
+impl Manage for Broken {
+    fn find<'a>(
+        &'a self,
+        operation_id: &'a OperationId,
+    ) -> BoxFuture<'a, Result<Option<Record>, StoreError>> {
+        Box::pin(async move {
+            let found = self.inner.find(operation_id).await?;
+            match self.fault {
+                Fault::FindsOnlyWhatRuns => {
+                    Ok(found.filter(|record| record.state == crate::record::State::Running))
+                }
+                Fault::FindsBySomeOldId if found.is_none() => {
+                    let proposed = self.proposed.lock().unwrap().clone();
+                    match proposed.iter().find(|(id, _)| id == operation_id) {
+                        Some((_, key)) => self.inner.read(key).await,
+                        None => Ok(None),
+                    }
+                }
+                _ => Ok(found),
+            }
+        })
+    }
+
+    fn list<'a>(&'a self, listing: &'a Listing) -> BoxFuture<'a, Result<Page, StoreError>> {
+        Box::pin(self.broken_list(listing))
+    }
+
+    fn purge<'a>(&'a self, purge: &'a Purge) -> BoxFuture<'a, Result<Purged, StoreError>> {
+        Box::pin(self.broken_purge(purge))
+    }
 }
 
 struct Fixture(Arc<Broken>);
@@ -256,8 +379,8 @@ impl Fixture {
     fn new(fault: Fault) -> Self {
         let clock = Clock::manual();
         let inner = MemoryStore::builder().clock(clock.clone()).build();
-        let unnoticed = Mutex::default();
-        Self(Arc::new(Broken { fault, inner, clock, unnoticed }))
+        let (unnoticed, proposed) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Broken { fault, inner, clock, unnoticed, proposed }))
     }
 }
 
@@ -335,18 +458,31 @@ each_fault_breaks_its_law! {
     TakeoverLosesTheCheckpoint breaks a_checkpoint_survives_the_attempt
     CheckpointRenewsTheLease breaks a_checkpoint_survives_the_attempt
     IgnoresTheTokenOnCheckpoint breaks a_fenced_owner_checkpoints_nothing
+    FindsOnlyWhatRuns breaks an_operation_is_found_by_its_id
+    FindsBySomeOldId breaks an_operation_is_found_by_its_id
+    ListsTheYoungestFirst breaks a_listing_goes_from_the_oldest_to_the_youngest
+    ListsPayloads breaks a_listing_goes_from_the_oldest_to_the_youngest
+    ListsAPlaceTwice breaks a_listing_goes_from_the_oldest_to_the_youngest
+    ListsEverybody breaks a_listing_goes_from_the_oldest_to_the_youngest
+    TakesALapsedLeaseForRunning breaks a_listing_goes_from_the_oldest_to_the_youngest
+    PurgeReleases breaks a_purged_key_was_never_used
+    PurgesTheCompletedOnly breaks a_purged_key_was_never_used
+    PurgesTheRunning breaks a_purge_leaves_the_running
+    PurgesEverybody breaks a_purge_ends_at_its_scope
+    PurgesWithoutLimit breaks a_purge_ends_at_its_scope
 }
 
-/// The trait's documentation, the macro and the functions name the same laws.
+/// The traits' documentation, the macros and the functions name the same laws.
 #[test]
 fn every_law_is_documented_and_listed() {
-    let documented: Vec<_> = include_str!("../store/mod.rs")
-        .lines()
+    let documented: Vec<_> = [include_str!("../store/mod.rs"), include_str!("../store/manage.rs")]
+        .into_iter()
+        .flat_map(str::lines)
         .filter_map(|line| line.strip_prefix("/// ")?.split_once(". `")?.1.split('`').next())
         .collect();
     let source = include_str!("../testing.rs");
-    let list = source.split("@each $fixture;").nth(1).unwrap().split('}').next().unwrap();
-    let listed: Vec<_> = list.split_whitespace().collect();
+    let lists = source.split("@each $fixture;").skip(1).map(|list| list.split('}').next().unwrap());
+    let listed: Vec<_> = lists.flat_map(str::split_whitespace).collect();
     assert_eq!(documented, listed);
 
     let sources = [
@@ -355,6 +491,7 @@ fn every_law_is_documented_and_listed() {
         include_str!("time.rs"),
         include_str!("issuing.rs"),
         include_str!("checkpoints.rs"),
+        include_str!("managing.rs"),
     ];
     let mut laws = Vec::new();
     for line in sources.iter().flat_map(|source| source.lines()) {

@@ -7,7 +7,7 @@ use crate::{
     decision::OnUnknown,
     key::{OperationId, ScopeDigest},
     record::{Fingerprint, Flags, Ttl},
-    store::clock::ManualClock,
+    store::{Purge, Purged, clock::ManualClock},
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -258,4 +258,22 @@ fn the_default_bounds_agree() {
     let MemoryStoreBuilder { max_records, max_bytes, .. } = MemoryStore::builder();
     assert_eq!(max_records, 1_000_000);
     assert!(max_bytes / 10 * 9 < million && million < max_bytes / 10 * 11, "{million}");
+}
+
+#[tokio::test]
+async fn what_is_purged_is_no_longer_counted() {
+    let (store, clock) = store(|builder| builder);
+    let claims: Vec<_> = (0..200).map(|_| claim()).collect();
+    for claim in &claims {
+        store.claim(claim).await.unwrap();
+    }
+    clock.advance(Duration::from_secs(60));
+    let key = Purge::Key(claims[0].key);
+    assert_eq!(store.purge(&key).await.unwrap(), Purged { removed: 1, running: 0 });
+    let scope = Purge::Scope { scope: claims[0].scope, limit: 150 };
+    assert_eq!(store.purge(&scope).await.unwrap().removed, 150);
+    assert_eq!(counts(&store).0, 49);
+    assert_eq!(store.purge(&scope).await.unwrap().removed, 49);
+    assert_eq!(counts(&store), (0, 0));
+    assert!(due(&store) <= SHARDS * STEPS_A_LOCK, "what the heaps say of them is bounded");
 }

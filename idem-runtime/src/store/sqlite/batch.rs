@@ -8,17 +8,26 @@ use sqlx::{Connection as _, Row as _, Sqlite, SqliteConnection, Transaction, sql
 
 use super::{
     Failure, NAME, failure,
-    queue::{Op, Reply},
+    queue::{Doomed, Op, Reply},
 };
 use crate::{
     key::{Key, OperationId, ScopeDigest, Token},
     record::{FORMAT, Fingerprint, Flags, State},
     store::{
-        Clock, Renewal, StoreError, StoreErrorKind, Written,
+        Clock, Purged, Renewal, StoreError, StoreErrorKind, Written,
         clock::Millis,
         row::{Ended, Opening, Row, found},
     },
 };
+
+/// The head of a statement on many keys: they come as one blob, `?1`, that is cut up again, since
+/// SQLite knows no parameter that is a list.
+macro_rules! wanted {
+    () => {
+        "WITH RECURSIVE wanted (at) AS (
+             SELECT 1 UNION ALL SELECT at + 32 FROM wanted WHERE at + 32 < length(?1))"
+    };
+}
 
 /// A row as it was read, or why it cannot be.
 type Loaded = Result<Row, StoreErrorKind>;
@@ -110,6 +119,7 @@ impl<'c> Batch<'c> {
             }
             Op::Renew(renewals, reply) => answer(reply, self.renew(&renewals).await),
             Op::Sweep(limit, reply) => answer(reply, self.sweep(limit).await),
+            Op::Purge(doomed, reply) => answer(reply, self.purge(&doomed).await),
         }
     }
 
@@ -197,12 +207,44 @@ impl<'c> Batch<'c> {
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(&mut *self.transaction)
         .await?;
-        for row in &swept {
-            if let Ok(key) = column(row, "key").and_then(bytes) {
-                self.rows.remove(&Key::from_bytes(key));
-            }
-        }
+        self.forget_rows(&swept);
         Ok(swept.len())
+    }
+
+    /// Removes rows, sound or not, but for those whose lease is alive.
+    async fn purge(&mut self, doomed: &Doomed) -> Result<Purged, Broken> {
+        let keys: Vec<u8> = doomed.keys.iter().flat_map(Key::as_bytes).copied().collect();
+        let removed = sqlx::query(concat!(
+            "DELETE FROM idem_records WHERE key IN (",
+            wanted!(),
+            " SELECT substr(?1, at, 32) FROM wanted)
+               AND (?2 IS NULL OR scope = ?2)
+               AND NOT (state = 1 AND lease_end > ?3)
+             RETURNING key",
+        ))
+        .bind(&keys)
+        .bind(doomed.scope.as_ref().map(|scope| &scope.as_bytes()[..]))
+        .bind(self.now)
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        self.forget_rows(&removed);
+        let left: i64 = sqlx::query_scalar(concat!(
+            "SELECT count(*) FROM idem_records WHERE key IN (",
+            wanted!(),
+            " SELECT substr(?1, at, 32) FROM wanted)",
+        ))
+        .bind(&keys)
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        let running = usize::try_from(left).unwrap_or(usize::MAX);
+        Ok(Purged { removed: removed.len(), running })
+    }
+
+    /// Forgets what was read of rows that are gone.
+    fn forget_rows(&mut self, gone: &[SqliteRow]) {
+        for key in gone.iter().flat_map(key_of) {
+            self.rows.remove(&key);
+        }
     }
 
     /// Writes a row over whatever is there.
@@ -281,47 +323,44 @@ pub(super) async fn load(
         return Ok(loaded);
     }
     let digests: Vec<u8> = keys.iter().flat_map(Key::as_bytes).copied().collect();
-    // The keys come as one blob that is cut up again, since SQLite knows no parameter that is a
-    // list. CROSS JOIN has it look each of them up, instead of reading the table.
-    let rows = sqlx::query(
-        "WITH RECURSIVE wanted (at) AS (
-             SELECT 1 UNION ALL SELECT at + 32 FROM wanted WHERE at + 32 < length(?1))
-         SELECT key, scope, operation, operation_id, state, scheme, fingerprint, token, attempt,
+    // CROSS JOIN has SQLite look each of them up, instead of reading the table.
+    let rows = sqlx::query(concat!(
+        wanted!(),
+        " SELECT key, scope, operation, operation_id, state, scheme, fingerprint, token, attempt,
                 lease_end, valid_until, kept_until, created, format, flags, payload
          FROM wanted CROSS JOIN idem_records ON key = substr(?1, at, 32)",
-    )
+    ))
     .bind(digests)
     .fetch_all(connection)
     .await?;
     for row in rows {
         // Each key was asked for, so each has its 32 bytes.
-        let Ok(key) = column(&row, "key").and_then(bytes) else { continue };
-        let key = Key::from_bytes(key);
-        loaded.insert(key, decode(key, &row));
+        let Ok(key) = key_of(&row) else { continue };
+        loaded.insert(key, decode(&row));
     }
     Ok(loaded)
 }
 
 /// Reads a row back. What a newer release wrote may be different in any respect, so that failing to
 /// understand it says nothing of its health.
-fn decode(key: Key, row: &SqliteRow) -> Result<Row, StoreErrorKind> {
+pub(super) fn decode(row: &SqliteRow) -> Result<Row, StoreErrorKind> {
     let damaged = |()| StoreErrorKind::Corrupt;
     let format: u16 = number(row, "format").map_err(damaged)?;
     if format == 0 {
         return Err(StoreErrorKind::Corrupt);
     }
-    fields(key, format, row)
+    fields(format, row)
         .map_err(|()| if format > FORMAT { StoreErrorKind::Newer } else { StoreErrorKind::Corrupt })
 }
 
-fn fields(key: Key, format: u16, row: &SqliteRow) -> Result<Row, ()> {
+fn fields(format: u16, row: &SqliteRow) -> Result<Row, ()> {
     let kept_until = instant(row, "kept_until")?;
     let valid_until = instant(row, "valid_until")?;
     if valid_until > kept_until {
         return Err(());
     }
     Ok(Row {
-        key,
+        key: key_of(row)?,
         scope: ScopeDigest::from_bytes(bytes(column(row, "scope")?)?),
         operation: Arc::from(column::<&str>(row, "operation")?),
         operation_id: OperationId::from_bytes(bytes(column(row, "operation_id")?)?),
@@ -340,6 +379,10 @@ fn fields(key: Key, format: u16, row: &SqliteRow) -> Result<Row, ()> {
         flags: Flags::from_bits(number(row, "flags")?),
         payload: Bytes::from(column::<Vec<u8>>(row, "payload")?),
     })
+}
+
+pub(super) fn key_of(row: &SqliteRow) -> Result<Key, ()> {
+    column(row, "key").and_then(bytes).map(Key::from_bytes)
 }
 
 /// A column of a type; whatever else is in it, or NULL, is damage.

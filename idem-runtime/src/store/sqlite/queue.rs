@@ -17,10 +17,10 @@ use tokio::{runtime::Handle, sync::oneshot};
 
 use super::{Failure, NAME, Shared, batch::Batch, failure};
 use crate::{
-    key::{Key, Token},
+    key::{Key, ScopeDigest, Token},
     store::{
-        Checkpoint, Claim, Claimed, Clock, Completion, Issue, Renewal, StoreError, StoreErrorKind,
-        Written,
+        Checkpoint, Claim, Claimed, Clock, Completion, Issue, Purged, Renewal, StoreError,
+        StoreErrorKind, Written,
     },
 };
 
@@ -48,6 +48,15 @@ pub(super) enum Op {
     Forget(Key, Token, Reply<Written>),
     Renew(Vec<Renewal>, Reply<Vec<bool>>),
     Sweep(usize, Reply<usize>),
+    Purge(Doomed, Reply<Purged>),
+}
+
+/// Rows to be removed, unless their lease is alive.
+pub(super) struct Doomed {
+    /// At least one.
+    pub(super) keys: Vec<Key>,
+    /// Those of other scopes stay: a key that was found may have been forgotten and used again.
+    pub(super) scope: Option<ScopeDigest>,
 }
 
 impl Op {
@@ -59,6 +68,7 @@ impl Op {
             Self::Issue(_, reply) => reply.is_closed(),
             Self::Renew(_, reply) => reply.is_closed(),
             Self::Sweep(_, reply) => reply.is_closed(),
+            Self::Purge(_, reply) => reply.is_closed(),
             Self::Checkpoint(..) | Self::Complete(..) | Self::Release(..) | Self::Forget(..) => {
                 false
             }
@@ -74,7 +84,8 @@ impl Op {
             Self::Complete(completion, _) => keys.push(completion.key),
             Self::Release(key, ..) | Self::Forget(key, ..) => keys.push(*key),
             Self::Renew(renewals, _) => keys.extend(renewals.iter().map(|renewal| renewal.key)),
-            Self::Sweep(..) => {}
+            // Nothing is decided on these, and a payload may be large.
+            Self::Sweep(..) | Self::Purge(..) => {}
         }
     }
 
@@ -90,6 +101,7 @@ impl Op {
             | Self::Forget(_, _, reply) => drop(reply.send(Err(error))),
             Self::Renew(_, reply) => drop(reply.send(Err(error))),
             Self::Sweep(_, reply) => drop(reply.send(Err(error))),
+            Self::Purge(_, reply) => drop(reply.send(Err(error))),
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     decision::OnUnknown,
     key::{OperationId, ScopeDigest},
     record::{Fingerprint, Flags, State, Ttl},
-    store::ManualClock,
+    store::{Kind, Listing, ManualClock, Purge, Purged},
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -449,4 +449,79 @@ async fn a_sweep_of_many_goes_in_steps() {
     clock.advance(HOUR);
     assert_eq!(store.sweep(SWEPT_AT_ONCE + 3).await.unwrap(), SWEPT_AT_ONCE + 3);
     assert_eq!(store.sweep(usize::MAX).await.unwrap(), SWEPT_AT_ONCE + 4);
+}
+
+#[tokio::test]
+async fn what_is_damaged_is_left_out_of_a_listing_and_can_be_purged() {
+    let (store, clock) = in_memory().await;
+    let claims: Vec<_> = (0..5).map(|_| any_claim()).collect();
+    for claim in &claims {
+        granted(&store, claim).await;
+        clock.advance(Duration::from_millis(1));
+    }
+    let damaged = &claims[2];
+    sqlx::query("UPDATE idem_records SET token = x'' WHERE key = ?1")
+        .bind(&damaged.key.as_bytes()[..])
+        .execute(&store.0.pool)
+        .await
+        .unwrap();
+    assert_fails(store.find(&damaged.operation_id).await, StoreErrorKind::Corrupt);
+    let (mut listed, mut after) = (Vec::new(), None);
+    loop {
+        let listing = Listing { kind: Kind::Any, scope: None, after, limit: 1 };
+        let page = store.list(&listing).await.unwrap();
+        listed.extend(page.records.iter().map(|record| record.key));
+        match page.next {
+            Some(next) => after = Some(next),
+            None => break,
+        }
+    }
+    let sound = [0, 1, 3, 4].map(|claim: usize| claims[claim].key);
+    assert_eq!(listed, sound, "one that is damaged hides no other one");
+
+    clock.advance(HOUR / 2);
+    let purged = store.purge(&Purge::Key(damaged.key)).await.unwrap();
+    assert_eq!(purged, Purged { removed: 1, running: 0 });
+    granted(&store, &claim_on(damaged.key)).await;
+}
+
+#[tokio::test]
+async fn a_purge_and_other_calls_on_its_key_in_one_batch_see_each_other() {
+    let (store, clock) = in_memory().await;
+    let first = any_claim();
+    granted(&store, &first).await;
+    clock.advance(HOUR / 2);
+    let (answer, purge) = (completion(&first, "answer"), Purge::Key(first.key));
+    let next = claim_on(first.key);
+    let (completed, purged, claimed) =
+        tokio::join!(biased; store.complete(&answer), store.purge(&purge), store.claim(&next));
+    assert_eq!(completed.unwrap(), Written::Done);
+    assert_eq!(purged.unwrap(), Purged { removed: 1, running: 0 });
+    assert!(matches!(claimed, Ok(Claimed::Granted(record)) if record.attempt == 1));
+}
+
+#[tokio::test]
+async fn a_purge_of_many_goes_in_steps() {
+    let (store, clock) = in_memory().await;
+    let claims: Vec<_> = (0..SWEPT_AT_ONCE * 2 + 7).map(|_| any_claim()).collect();
+    join_all(claims.iter().map(|claim| granted(&store, claim))).await;
+    clock.advance(HOUR / 2);
+    let scope = claims[0].scope;
+    let purge = Purge::Scope { scope, limit: SWEPT_AT_ONCE + 3 };
+    assert_eq!(store.purge(&purge).await.unwrap().removed, SWEPT_AT_ONCE + 3);
+    assert_eq!(store.purge(&purge).await.unwrap().removed, SWEPT_AT_ONCE + 3);
+    assert_eq!(store.purge(&purge).await.unwrap().removed, 1);
+}
+
+#[tokio::test]
+async fn an_operation_is_found_by_an_index() {
+    let (store, _) = in_memory().await;
+    let plan: String = sqlx::query(
+        "EXPLAIN QUERY PLAN SELECT payload FROM idem_records WHERE operation_id = x'00'",
+    )
+    .fetch_one(&store.0.pool)
+    .await
+    .unwrap()
+    .get("detail");
+    assert!(plan.contains("idem_records_operation_id"), "{plan}");
 }
