@@ -5,6 +5,7 @@
 //! pause and kill it.
 
 pub mod postgres;
+pub mod redis;
 
 use std::{
     ffi::{OsStr, OsString},

@@ -239,10 +239,10 @@ pub async fn a_listing_goes_from_the_oldest_to_the_youngest(fixture: &dyn StoreF
         let all: Vec<_> = records.all().into_iter().map(|(key, _)| key).collect();
         let of = |kind| second.listed(kind, Some(scope), 2);
         assert_eq!(sorted(keys(&of(Kind::Any).await)), sorted(all), "all of a scope");
+        let read = store.kept(&records.tombstone.key, "it is completed").await;
         let tombstones = of(Kind::Tombstones).await;
         assert_eq!(keys(&tombstones), [records.tombstone.key], "the tombstones of a scope");
         let listed = &tombstones[0];
-        let read = store.kept(&records.tombstone.key, "it is completed").await;
         let untold = Record { payload: bytes::Bytes::new(), ..read };
         assert_same(&untold, listed, ZERO, "what is listed is the record");
     }

@@ -100,12 +100,15 @@ impl Shared {
         let step = Step { name: "look", format: u16::MAX, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
         let row = answer.record.and_then(|record| decode(*key, &record).ok());
+        if row.is_none() && answer.outcome != Outcome::Nothing {
+            tracing::warn!(?key, "a damaged record is passed over");
+        }
         Ok(row.map(|row| (row, answer.now)))
     }
 
-    /// Removes a record, unless it is running. `None` says that there was none.
+    /// Removes a record of any format, unless it is running. `None` says that there was none.
     async fn purge(&self, key: &Key) -> Result<Option<bool>, StoreError> {
-        let step = Step { name: "purge", format: FORMAT, arguments: Vec::new() };
+        let step = Step { name: "purge", format: u16::MAX, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
         Ok(match readable(answer.outcome)? {
             Outcome::Done => Some(true),
@@ -124,11 +127,15 @@ impl Shared {
                 let part = self.scan(&node, from).await?;
                 scans += 1;
                 looked += part.keys.len();
-                let at_most = part.keys.len().min(limit - removed);
-                for key in join_all(part.keys[..at_most].iter().map(|key| self.sweep_one(key))).await {
-                    removed += usize::from(key?);
+                let mut keys = &part.keys[..];
+                while !keys.is_empty() && removed < limit {
+                    let (some, rest) = keys.split_at(keys.len().min(limit - removed));
+                    for is_over in join_all(some.iter().map(|key| self.sweep_one(key))).await {
+                        removed += usize::from(is_over?);
+                    }
+                    keys = rest;
                 }
-                if at_most < part.keys.len() {
+                if !keys.is_empty() {
                     break;
                 }
                 from = part.next;
@@ -219,7 +226,7 @@ impl Manage for RedisStore {
                         && listing.after.is_none_or(|after| place > after)
                     {
                         oldest.insert(place, record);
-                        if oldest.len() > listing.limit {
+                        if oldest.len() > listing.limit.max(1) {
                             oldest.pop_last();
                             is_more = true;
                         }

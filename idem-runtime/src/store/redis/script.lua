@@ -25,19 +25,26 @@ local function after(span)
     return span >= NEVER - now and NEVER or now + span
 end
 
+-- What is there may be damaged, which only who purges it can help.
+local function corrupt()
+    if step ~= 'purge' then return {CORRUPT, now} end
+    redis.call('DEL', key)
+    return {DONE, now}
+end
+
 local raw = redis.call('GET', key)
 local r
 local head_end
 if raw then
     local format = #raw >= 2 and struct.unpack('>I2', raw) or 0
     if format > reads then return {NEWER, now} end
-    if format == 0 or #raw < FIXED then return {CORRUPT, now} end
+    if format == 0 or #raw < FIXED then return corrupt() end
     r = {}
     r.format, r.state, r.flags, r.attempt, r.lease_end, r.valid, r.kept, r.created, r.stamp =
         struct.unpack(TIMES, raw)
     local scheme, operation = struct.unpack('>I4I4', raw, FIXED - 7)
     head_end = FIXED + scheme + operation
-    if r.state > COMPLETED or r.valid > r.kept or head_end > #raw then return {CORRUPT, now} end
+    if r.state > COMPLETED or r.valid > r.kept or head_end > #raw then return corrupt() end
     r.token = raw:sub(HEAD - 15, HEAD)
     if r.kept <= now then
         if step == 'sweep' then
