@@ -17,10 +17,10 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::{BoxFuture, join_all};
@@ -52,6 +52,9 @@ const NAME: &str = "redis";
 /// For how long an operation can be found by its id beyond the time that its record is kept for
 /// when it is claimed: completing prolongs that by as long as the handler runs.
 const HANDLERS_RUN: Duration = Duration::from_secs(3600);
+/// How often a cluster's nodes are looked up because one of them is silent: other calls wait for
+/// that, and for the silent node, for as long as its time-out.
+const LOOK_UP_INTERVAL: Duration = Duration::from_secs(5);
 /// What a server takes in one piece unless its `proto-max-bulk-len` says otherwise.
 const LARGEST_VALUE: usize = 512 << 20;
 
@@ -125,6 +128,8 @@ struct Shared {
     max_bytes: usize,
     /// Where the last sweep ended on each server.
     swept: Mutex<HashMap<Node, u64>>,
+    /// When a cluster's nodes were last looked up because one of them was silent.
+    looked_up: Mutex<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -272,7 +277,10 @@ impl RedisStoreBuilder {
     /// # Errors
     ///
     /// As for [`RedisStore::connect`].
-    pub async fn connect(mut self, server: impl IntoConnectionInfo) -> Result<RedisStore, StoreError> {
+    pub async fn connect(
+        mut self,
+        server: impl IntoConnectionInfo,
+    ) -> Result<RedisStore, StoreError> {
         let server = self.patient(server.into_connection_info().map_err(failure)?);
         let client = Client::open(server).map_err(failure)?;
         self.listeners.push(client.clone());
@@ -334,7 +342,10 @@ impl RedisStoreBuilder {
     /// # Errors
     ///
     /// As for [`RedisStore::connect`].
-    pub async fn over_cluster(self, connection: ClusterConnection) -> Result<RedisStore, StoreError> {
+    pub async fn over_cluster(
+        self,
+        connection: ClusterConnection,
+    ) -> Result<RedisStore, StoreError> {
         self.over_connection(Connection::Cluster(connection)).await
     }
 
@@ -399,6 +410,7 @@ impl RedisStoreBuilder {
             timeout: self.timeout,
             max_bytes: limits.min().unwrap_or(LARGEST_VALUE),
             swept: Mutex::default(),
+            looked_up: Mutex::default(),
         })))
     }
 
@@ -497,17 +509,22 @@ impl Shared {
     }
 
     /// Has one step done to a record.
-    async fn step(&self, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
+    async fn step(self: &Arc<Self>, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
         let name = self.name(key);
         let mut answer = within(self.patience(), self.connection.send(&step.call(&name))).await;
         if is_unknown_script(&answer) {
             answer = within(self.patience(), self.connection.send(&step.teach(&name))).await;
         }
-        Answer::read(answer?).map_err(failure)
+        let answer = answer.inspect_err(|error| self.notice(error, &name))?;
+        Answer::read(answer).map_err(failure)
     }
 
     /// Has one step done to a record, and waits for the replicas if it is to.
-    async fn step_acknowledged(&self, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
+    async fn step_acknowledged(
+        self: &Arc<Self>,
+        key: &Key,
+        step: Step<'_>,
+    ) -> Result<Answer, StoreError> {
         let Some((connection, replicas)) = &self.acknowledged else {
             return self.step(key, step).await;
         };
@@ -526,13 +543,36 @@ impl Shared {
             let both = connection.send_both(&name, step.teach(&name), wait());
             answers = within(patience, both).await;
         }
-        let [answer, acknowledged] = answers?;
+        let [answer, acknowledged] = answers.inspect_err(|error| self.notice(error, &name))?;
         let answer = Answer::read(answer).map_err(failure)?;
-        let acknowledged = u32::from_redis_value(acknowledged).map_err(|error| failure(error.into()))?;
+        let acknowledged =
+            u32::from_redis_value(acknowledged).map_err(|error| failure(error.into()))?;
         if answer.outcome == Outcome::Done && acknowledged < replicas.count {
             return Err(Cause::Unacknowledged { acknowledged, wanted: replicas.count }.error());
         }
         Ok(answer)
+    }
+
+    /// Sees to it that a node which is silent is not asked for ever.
+    fn notice(self: &Arc<Self>, error: &StoreError, name: &str) {
+        if error.kind() != StoreErrorKind::TimedOut || self.connection.is_single() {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let mut looked_up = self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
+        if looked_up.is_some_and(|when| when.elapsed() < LOOK_UP_INTERVAL) {
+            return;
+        }
+        *looked_up = Some(Instant::now());
+        drop(looked_up);
+        let (shared, name) = (Arc::clone(self), name.to_owned());
+        runtime.spawn(async move {
+            let connections = shared.acknowledged.as_ref().map(|(connection, _)| connection);
+            for connection in connections.into_iter().chain([&shared.connection]) {
+                // The next call that times out sees to it again.
+                drop(within(shared.patience(), connection.look_up_nodes(&name)).await);
+            }
+        });
     }
 
     /// Whether the servers take a record as large as a step makes it.
@@ -551,7 +591,7 @@ impl Shared {
         Ok(row.record(answer.now))
     }
 
-    async fn read(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+    async fn read(self: &Arc<Self>, key: &Key) -> Result<Option<Record>, StoreError> {
         let step = Step { name: "read", format: FORMAT, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
         match readable(answer.outcome)? {
@@ -562,7 +602,7 @@ impl Shared {
 
     /// Ends a claim or writes under it.
     async fn written(
-        &self,
+        self: &Arc<Self>,
         key: &Key,
         step: Step<'_>,
         acknowledged: bool,
@@ -732,8 +772,7 @@ impl Store for RedisStore {
     fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
         Box::pin(async move {
             let renewals = claims.iter().map(async |renewal| {
-                let arguments =
-                    vec![renewal.token.as_bytes().into(), millis(renewal.lease).into()];
+                let arguments = vec![renewal.token.as_bytes().into(), millis(renewal.lease).into()];
                 let step = Step { name: "renew", format: FORMAT, arguments };
                 let answer = self.0.step(&renewal.key, step).await?;
                 // A record that this release cannot read is not one that it holds.

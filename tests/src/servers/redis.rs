@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use redis::{Client, Cmd, FromRedisValue, RedisResult};
+use redis::{Client, FromRedisValue, RedisResult};
 
 use super::{Goodbye, PATIENCE, Process, free_port, program, words};
 
@@ -81,9 +81,8 @@ impl Redis {
         let client = Client::open(self.url.as_str())?;
         let mut connection = client.get_connection_with_timeout(Duration::from_secs(2))?;
         connection.set_read_timeout(Some(Duration::from_secs(5)))?;
-        let mut asked = Cmd::new();
-        command.iter().for_each(|word| drop(asked.arg(word)));
-        asked.query(&mut connection)
+        let (name, arguments) = command.split_first().expect("a command");
+        redis::cmd(name).arg(arguments).query(&mut connection)
     }
 
     /// The server's process id.
@@ -221,17 +220,20 @@ impl Cluster {
 
     /// The node that is the present master of a key.
     pub fn master_of(&self, key: &str) -> &Redis {
+        self.living_master_of(key).expect("a master of each slot")
+    }
+
+    fn living_master_of(&self, key: &str) -> Option<&Redis> {
         let slot: u32 = self.any(&["CLUSTER", "KEYSLOT", key]);
         let masters = masters(&self.any::<String>(&["CLUSTER", "NODES"]));
         let master = masters.iter().find(|master| master.slots.iter().any(|of| of.contains(&slot)));
-        let url = &master.expect("a master of each slot").url;
-        self.nodes.iter().find(|node| node.url == *url).expect("a known node")
+        self.nodes.iter().find(|node| master.is_some_and(|master| node.url == master.url))
     }
 
     /// Waits until somebody else is the master of a key, and all living nodes know it.
     pub fn wait_until_promoted(&self, key: &str, old: &Redis) {
         self.wait_until("a replica is promoted", || {
-            self.master_of(key).url != old.url
+            self.living_master_of(key).is_some_and(|master| master.url != old.url)
                 && self.nodes.iter().filter(|node| node.url != old.url).all(|node| {
                     let nodes: RedisResult<String> = node.ask(&["CLUSTER", "NODES"]);
                     node.serves_a_cluster()

@@ -69,7 +69,9 @@ impl Connection {
         let mut both = Pipeline::with_capacity(2);
         both.add_command(first).add_command(second);
         let answers = match self {
-            Self::Single(connection) => connection.clone().send_packed_commands(&both, 0, 2).await?,
+            Self::Single(connection) => {
+                connection.clone().send_packed_commands(&both, 0, 2).await?
+            }
             Self::Cluster(connection) => {
                 let route = Route::with_key(key, SlotAddr::Master);
                 let node = SingleNodeRoutingInfo::SpecificNode(route);
@@ -80,6 +82,19 @@ impl Connection {
             answers.into_iter().map(Value::extract_error).collect::<RedisResult<_>>()?;
         let unexpected = |_| (ErrorKind::UnexpectedReturnType, "not two answers").into();
         answers.try_into().map_err(unexpected)
+    }
+
+    /// Has a cluster's nodes looked up again.
+    ///
+    /// The client does so when a node says that a key is not its own, or is gone; one that is there
+    /// and silent, whose replica was promoted meanwhile, it would ask for ever. So some other node
+    /// is asked for a key that is hardly its own.
+    pub(super) async fn look_up_nodes(&self, key: &str) -> RedisResult<()> {
+        let Self::Cluster(connection) = self else { return Ok(()) };
+        let mut exists = Cmd::new();
+        exists.arg("EXISTS").arg(key);
+        let route = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
+        connection.clone().route_command(exists, route).await.map(drop)
     }
 
     /// Sends a command to one server.

@@ -5,7 +5,10 @@
 //! million keys such a search takes them some seconds of work. Keys that move between nodes
 //! meanwhile may be missed.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError},
+};
 
 use futures_util::future::{BoxFuture, join_all};
 use redis::FromRedisValue as _;
@@ -20,11 +23,7 @@ use super::{
 use crate::{
     key::{Key, OperationId},
     record::{FORMAT, Record},
-    store::{
-        Listing, Manage, Page, Place, Purge, Purged, StoreError,
-        clock::Millis,
-        row::Row,
-    },
+    store::{Listing, Manage, Page, Place, Purge, Purged, StoreError, clock::Millis, row::Row},
 };
 
 /// How many keys a server looks at before it answers others.
@@ -55,7 +54,8 @@ impl Shared {
         let answer = within(self.patience(), self.connection.send_to(node, scan)).await?;
         let (next, names): (u64, Vec<Vec<u8>>) =
             redis::from_redis_value(answer).map_err(|error| failure(error.into()))?;
-        let keys = names.iter().filter_map(|name| key_of(name.strip_prefix(self.prefix.as_bytes())?));
+        let keys =
+            names.iter().filter_map(|name| key_of(name.strip_prefix(self.prefix.as_bytes())?));
         Ok(Keys { keys: keys.collect(), next })
     }
 
@@ -73,7 +73,10 @@ impl Shared {
     }
 
     /// Goes through all records, without their payloads, until it is told to stop.
-    async fn for_each(&self, mut visit: impl FnMut(Row, Millis) -> bool) -> Result<(), StoreError> {
+    async fn for_each(
+        self: &Arc<Self>,
+        mut visit: impl FnMut(Row, Millis) -> bool,
+    ) -> Result<(), StoreError> {
         for node in self.masters().await? {
             let mut from = 0;
             loop {
@@ -96,7 +99,7 @@ impl Shared {
 
     /// Reads a record of any format without its payload. One that cannot be read is passed over: to
     /// find others does not depend on it.
-    async fn look(&self, key: &Key) -> Result<Option<(Row, Millis)>, StoreError> {
+    async fn look(self: &Arc<Self>, key: &Key) -> Result<Option<(Row, Millis)>, StoreError> {
         let step = Step { name: "look", format: u16::MAX, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
         let row = answer.record.and_then(|record| decode(*key, &record).ok());
@@ -107,7 +110,7 @@ impl Shared {
     }
 
     /// Removes a record of any format, unless it is running. `None` says that there was none.
-    async fn purge(&self, key: &Key) -> Result<Option<bool>, StoreError> {
+    async fn purge(self: &Arc<Self>, key: &Key) -> Result<Option<bool>, StoreError> {
         let step = Step { name: "purge", format: u16::MAX, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
         Ok(match readable(answer.outcome)? {
@@ -117,13 +120,16 @@ impl Shared {
         })
     }
 
-    pub(super) async fn sweep(&self, limit: usize) -> Result<usize, StoreError> {
+    pub(super) async fn sweep(self: &Arc<Self>, limit: usize) -> Result<usize, StoreError> {
         let (mut removed, mut looked, mut scans) = (0, 0, 0);
         for node in self.masters().await? {
             let start = self.swept_until(&node);
             let mut from = start;
             let mut is_second_round = false;
-            while removed < limit && looked < limit.max(KEYS_A_SWEEP) && scans < limit.max(SCANS_A_SWEEP) {
+            while removed < limit
+                && looked < limit.max(KEYS_A_SWEEP)
+                && scans < limit.max(SCANS_A_SWEEP)
+            {
                 let part = self.scan(&node, from).await?;
                 scans += 1;
                 looked += part.keys.len();
@@ -144,17 +150,17 @@ impl Shared {
                 }
                 is_second_round |= from == 0;
             }
-            self.swept.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(node, from);
+            self.swept.lock().unwrap_or_else(PoisonError::into_inner).insert(node, from);
         }
         Ok(removed)
     }
 
     fn swept_until(&self, node: &Node) -> u64 {
-        let swept = self.swept.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
         swept.get(node).copied().unwrap_or(0)
     }
 
-    async fn sweep_one(&self, key: &Key) -> Result<bool, StoreError> {
+    async fn sweep_one(self: &Arc<Self>, key: &Key) -> Result<bool, StoreError> {
         let step = Step { name: "sweep", format: FORMAT, arguments: Vec::new() };
         Ok(self.step(key, step).await?.outcome == Outcome::Done)
     }
@@ -174,7 +180,8 @@ impl Shared {
 
 /// Reads a key from its hexadecimal digits.
 fn key_of(digits: &[u8]) -> Option<Key> {
-    let digit = |digit: u8| char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let digit =
+        |digit: u8| char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     let mut key = [0; 32];
     if digits.len() != 2 * key.len() {
         return None;

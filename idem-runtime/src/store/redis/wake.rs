@@ -34,7 +34,9 @@ impl Wake for RedisStore {
                     Ok(messages) => {
                         return Ok(messages
                             .filter_map(async |message| {
-                                Signal::decode(std::str::from_utf8(message.get_payload_bytes()).ok()?)
+                                Signal::decode(
+                                    std::str::from_utf8(message.get_payload_bytes()).ok()?,
+                                )
                             })
                             .boxed());
                     }
