@@ -7,6 +7,7 @@
 //! expiry, each script would have to know both forms, and whoever finds a record, as every replay
 //! does, would have to ask again for the time that is left of it. So the script does the `SET`.
 
+mod builder;
 mod connection;
 mod manage;
 mod record;
@@ -24,17 +25,11 @@ use std::{
 };
 
 use futures_util::future::{BoxFuture, join_all};
-use redis::{
-    Client, Cmd, ConnectionInfo, ErrorKind, FromRedisValue as _, InfoDict, IntoConnectionInfo,
-    RedisResult, ServerErrorKind, Value,
-    aio::{ConnectionManager, ConnectionManagerConfig},
-    cluster::ClusterClient,
-    cluster_async::ClusterConnection,
-    io::tcp::TcpSettings,
-};
+use redis::{Client, ErrorKind, FromRedisValue as _, IntoConnectionInfo, ServerErrorKind};
 
+pub use self::builder::RedisStoreBuilder;
 use self::{
-    connection::{Connection, Node, failure, unexpected, within},
+    connection::{Cause, Connection, Node, command, failure, unexpected, within},
     record::{decode, millis, ttl_millis, what},
     script::{Answer, Outcome, Step},
 };
@@ -55,8 +50,6 @@ const HANDLERS_RUN: Duration = Duration::from_secs(3600);
 /// How often a cluster's nodes are looked up because one of them is silent: other calls wait for
 /// that, and for the silent node, for as long as its time-out.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(5);
-/// What a server takes in one piece unless its `proto-max-bulk-len` says otherwise.
-const LARGEST_VALUE: usize = 512 << 20;
 
 /// A store in Redis (7.0 or newer), Valkey or Redis Cluster: for many processes, and for many
 /// records.
@@ -138,51 +131,6 @@ struct Replicas {
     within: Duration,
 }
 
-/// Why the servers will not do, or what they did not do.
-#[derive(Debug, thiserror::Error)]
-enum Cause {
-    #[error(
-        "maxmemory-policy of {node} is `{policy}`, by which it drops records that are still \
-         needed: set `noeviction`, or accept it by `allow_eviction`"
-    )]
-    Evicts { node: String, policy: String },
-    #[error(
-        "{node} does not say its maxmemory-policy: permit `INFO`, or make sure that it is \
-         `noeviction` and say `allow_eviction`"
-    )]
-    PolicyUnknown { node: String },
-    #[error("{node} is Redis {version}; 7.0 is the oldest that will do")]
-    TooOld { node: String, version: String },
-    #[error("the server is a node of a cluster: connect to it by `RedisStore::cluster`")]
-    OfACluster,
-    #[error("{acknowledged} of {wanted} replicas acknowledged it in time")]
-    Unacknowledged { acknowledged: u32, wanted: u32 },
-    #[error("it takes {bytes} bytes, and the servers take {most}")]
-    TooLarge { bytes: usize, most: usize },
-}
-
-impl Cause {
-    fn error(self) -> StoreError {
-        let kind = match self {
-            Self::Unacknowledged { .. } => StoreErrorKind::TimedOut,
-            Self::TooLarge { .. } => StoreErrorKind::TooLarge,
-            _ => StoreErrorKind::Refused,
-        };
-        StoreError::caused_by(NAME, kind, self)
-    }
-}
-
-/// How a [`RedisStore`] is made.
-#[derive(Debug)]
-#[must_use = "a builder makes nothing until it connects"]
-pub struct RedisStoreBuilder {
-    prefix: String,
-    timeout: Duration,
-    replicas: Option<Replicas>,
-    allow_eviction: bool,
-    listeners: Vec<Client>,
-}
-
 impl RedisStore {
     /// Connects to a server, as in `redis://user:password@host:6379/0`, where the last part is the
     /// number of the database.
@@ -210,256 +158,8 @@ impl RedisStore {
 
     /// A builder with everything at its default.
     pub fn builder() -> RedisStoreBuilder {
-        RedisStoreBuilder {
-            prefix: "idem:".to_owned(),
-            timeout: Duration::from_secs(1),
-            replicas: None,
-            allow_eviction: false,
-            listeners: Vec::new(),
-        }
+        RedisStoreBuilder::default()
     }
-}
-
-impl RedisStoreBuilder {
-    /// What all keys begin with, as does the channel for messages; `idem:` by default.
-    ///
-    /// Applications that share servers take different ones. Braces would send all records to one
-    /// node of a cluster.
-    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
-        self.prefix = prefix.into();
-        self
-    }
-
-    /// For how long a server may be silent before a call is given up or, in a cluster, tried once
-    /// more; a call as a whole may take twice as long. One second by default.
-    pub fn timeout(mut self, time: Duration) -> Self {
-        self.timeout = time;
-        self
-    }
-
-    /// Waits until this many replicas have acknowledged a claim, an issued key, a checkpoint or an
-    /// answer (`WAIT`), and at most for this long.
-    ///
-    /// It costs each of these calls a round trip between master and replica, and a second
-    /// connection. When fewer have acknowledged it in time, the call fails as
-    /// [`TimedOut`](StoreErrorKind::TimedOut). The record is then as if it had succeeded, on the
-    /// master and on those replicas that have it, and may be lost if the master dies now: a claim
-    /// is not used, and is taken over when its lease ends or granted again to who asks under its
-    /// token; an answer is recorded again, which waits again, until it is acknowledged. Releasing
-    /// and forgetting do not wait: if they are lost, the key is free when its lease ends.
-    pub fn replicas(mut self, count: u32, within: Duration) -> Self {
-        self.replicas = (count > 0).then_some(Replicas { count, within });
-        self
-    }
-
-    /// Accepts servers that may drop records when their memory is full, or that do not say whether
-    /// they do.
-    ///
-    /// An operation whose record is dropped runs again at the next retry.
-    pub fn allow_eviction(mut self) -> Self {
-        self.allow_eviction = true;
-        self
-    }
-
-    /// Also hears messages of other processes, through a connection of its own that this client
-    /// makes; of a cluster any node will do.
-    ///
-    /// For stores over a connection of the application's: [`connect`](Self::connect) and
-    /// [`cluster`](Self::cluster) know where to listen. Without it, who waits for an owner in
-    /// another process looks at the record now and then.
-    pub fn listen_at(mut self, client: Client) -> Self {
-        self.listeners.push(client);
-        self
-    }
-
-    /// Connects to a server: see [`RedisStore::connect`].
-    ///
-    /// # Errors
-    ///
-    /// As for [`RedisStore::connect`].
-    pub async fn connect(
-        mut self,
-        server: impl IntoConnectionInfo,
-    ) -> Result<RedisStore, StoreError> {
-        let server = self.patient(server.into_connection_info().map_err(failure)?);
-        let client = Client::open(server).map_err(failure)?;
-        self.listeners.push(client.clone());
-        let connection = self.manager(&client, self.timeout).await?;
-        let acknowledged = match self.replicas {
-            Some(replicas) => {
-                let timeout = self.timeout.saturating_add(replicas.within);
-                Some((self.manager(&client, timeout).await?, replicas))
-            }
-            None => None,
-        };
-        self.finish(connection, acknowledged).await
-    }
-
-    /// Connects to a cluster: see [`RedisStore::cluster`].
-    ///
-    /// # Errors
-    ///
-    /// As for [`RedisStore::connect`].
-    pub async fn cluster<T: IntoConnectionInfo>(
-        mut self,
-        nodes: impl IntoIterator<Item = T>,
-    ) -> Result<RedisStore, StoreError> {
-        let nodes = nodes.into_iter().map(|node| Ok(self.patient(node.into_connection_info()?)));
-        let nodes: Vec<_> = nodes.collect::<RedisResult<_>>().map_err(failure)?;
-        for node in &nodes {
-            self.listeners.push(Client::open(node.clone()).map_err(failure)?);
-        }
-        let connection = self.cluster_connection(&nodes, self.timeout).await?;
-        let acknowledged = match self.replicas {
-            Some(replicas) => {
-                let timeout = self.timeout.saturating_add(replicas.within);
-                Some((self.cluster_connection(&nodes, timeout).await?, replicas))
-            }
-            None => None,
-        };
-        self.finish(connection, acknowledged).await
-    }
-
-    /// Keeps the records through a connection of the application's to a server, which restores
-    /// itself when it is lost.
-    ///
-    /// It is shared: what the application does on it that takes long keeps idem's calls waiting,
-    /// and so do calls that wait for [`replicas`](Self::replicas), the application's. Its own
-    /// time-outs hold where they are shorter.
-    ///
-    /// # Errors
-    ///
-    /// As for [`RedisStore::connect`].
-    pub async fn over(self, connection: ConnectionManager) -> Result<RedisStore, StoreError> {
-        self.over_connection(Connection::Single(connection)).await
-    }
-
-    /// Keeps the records through a connection of the application's to a cluster: see
-    /// [`over`](Self::over).
-    ///
-    /// It must not read from replicas.
-    ///
-    /// # Errors
-    ///
-    /// As for [`RedisStore::connect`].
-    pub async fn over_cluster(
-        self,
-        connection: ClusterConnection,
-    ) -> Result<RedisStore, StoreError> {
-        self.over_connection(Connection::Cluster(connection)).await
-    }
-
-    async fn over_connection(self, connection: Connection) -> Result<RedisStore, StoreError> {
-        let acknowledged = self.replicas.map(|replicas| (connection.clone(), replicas));
-        self.finish(connection, acknowledged).await
-    }
-
-    /// A server whose host has vanished, so that nothing is acknowledged any more, is noticed
-    /// before the system's own quarter of an hour is over.
-    fn patient(&self, server: ConnectionInfo) -> ConnectionInfo {
-        let settings = TcpSettings::default().set_nodelay(true);
-        #[cfg(target_os = "linux")]
-        let settings = settings.set_user_timeout(self.timeout.saturating_mul(2));
-        server.set_tcp_settings(settings)
-    }
-
-    async fn manager(&self, client: &Client, timeout: Duration) -> Result<Connection, StoreError> {
-        let config = ConnectionManagerConfig::new()
-            .set_connection_timeout(Some(self.timeout))
-            .set_response_timeout(Some(timeout))
-            .set_max_delay(self.timeout)
-            .set_number_of_retries(3);
-        let connected = ConnectionManager::new_with_config(client.clone(), config).await;
-        connected.map(Connection::Single).map_err(failure)
-    }
-
-    async fn cluster_connection(
-        &self,
-        nodes: &[ConnectionInfo],
-        timeout: Duration,
-    ) -> Result<Connection, StoreError> {
-        let client = ClusterClient::builder(nodes.to_vec())
-            .connection_timeout(self.timeout)
-            .response_timeout(timeout)
-            .overall_response_timeout(None)
-            .build()
-            .map_err(failure)?;
-        client.get_async_connection().await.map(Connection::Cluster).map_err(failure)
-    }
-
-    async fn finish(
-        self,
-        connection: Connection,
-        acknowledged: Option<(Connection, Replicas)>,
-    ) -> Result<RedisStore, StoreError> {
-        let time = self.timeout.saturating_mul(2);
-        self.check(within(time, connection.send_to_all(command("INFO"))).await?, &connection)?;
-        let mut limits = command("CONFIG");
-        limits.arg("GET").arg("proto-max-bulk-len");
-        let limits = within(time, connection.send_to_all(limits)).await?;
-        // Managed services do not show it, nor let it be changed.
-        let limits = limits.into_iter().filter_map(|(_, limit)| {
-            let limit: HashMap<String, usize> = redis::from_redis_value(limit.ok()?).ok()?;
-            limit.into_values().next()
-        });
-        Ok(RedisStore(Arc::new(Shared {
-            connection,
-            acknowledged,
-            listeners: self.listeners,
-            prefix: self.prefix,
-            timeout: self.timeout,
-            max_bytes: limits.min().unwrap_or(LARGEST_VALUE),
-            swept: Mutex::default(),
-            looked_up: Mutex::default(),
-        })))
-    }
-
-    /// Whether these servers will do, by what they say of themselves.
-    fn check(
-        &self,
-        servers: Vec<(Node, RedisResult<Value>)>,
-        connection: &Connection,
-    ) -> Result<(), StoreError> {
-        for (node, info) in servers {
-            let info = match info.and_then(|info| Ok(InfoDict::from_redis_value(info)?)) {
-                Ok(info) => info,
-                Err(error) if is_forbidden(&error) => {
-                    if self.allow_eviction {
-                        continue;
-                    }
-                    return Err(Cause::PolicyUnknown { node: node.name() }.error());
-                }
-                Err(error) => return Err(failure(error)),
-            };
-            let version: String = info.get("redis_version").unwrap_or_default();
-            let major = version.split('.').next().and_then(|major| major.parse().ok());
-            if major.is_some_and(|major: u32| major < 7) {
-                return Err(Cause::TooOld { node: node.name(), version }.error());
-            }
-            if connection.is_single() && info.get("cluster_enabled") == Some(1) {
-                return Err(Cause::OfACluster.error());
-            }
-            match info.get::<String>("maxmemory_policy") {
-                _ if self.allow_eviction => {}
-                Some(policy) if policy == "noeviction" => {}
-                Some(policy) => return Err(Cause::Evicts { node: node.name(), policy }.error()),
-                None => return Err(Cause::PolicyUnknown { node: node.name() }.error()),
-            }
-        }
-        Ok(())
-    }
-}
-
-fn is_forbidden(error: &redis::RedisError) -> bool {
-    // A managed service that does not know a command calls it a general error.
-    let known = [ServerErrorKind::NoPerm, ServerErrorKind::ResponseError];
-    known.into_iter().any(|kind| error.kind() == ErrorKind::Server(kind))
-}
-
-fn command(name: &str) -> Cmd {
-    let mut command = Cmd::new();
-    command.arg(name);
-    command
 }
 
 /// The connections know passwords.
@@ -788,8 +488,8 @@ impl Store for RedisStore {
     }
 
     /// Redis removes what is over by itself, at once where somebody asks for it and otherwise
-    /// sooner or later. A sweep hastens that a little: it goes through a part of the keys, from
-    /// where the last one ended, at most as many as it may remove.
+    /// sooner or later. A sweep hastens that a little: it looks at a thousand keys, or at as many
+    /// as it may remove if that is more, from where the last one ended.
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(self.0.sweep(limit))
     }

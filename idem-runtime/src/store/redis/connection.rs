@@ -3,7 +3,8 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use redis::{
-    Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value,
+    Cmd, ErrorKind, FromRedisValue as _, InfoDict, Pipeline, RedisError, RedisResult,
+    ServerErrorKind, Value,
     aio::ConnectionManager,
     cluster_async::ClusterConnection,
     cluster_routing::{
@@ -91,8 +92,8 @@ impl Connection {
     /// is asked for a key that is hardly its own.
     pub(super) async fn look_up_nodes(&self, key: &str) -> RedisResult<()> {
         let Self::Cluster(connection) = self else { return Ok(()) };
-        let mut exists = Cmd::new();
-        exists.arg("EXISTS").arg(key);
+        let mut exists = command("EXISTS");
+        exists.arg(key);
         let route = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
         connection.clone().route_command(exists, route).await.map(drop)
     }
@@ -112,25 +113,52 @@ impl Connection {
     /// Sends a command to every server that holds records; each answers for itself.
     pub(super) async fn send_to_all(
         &self,
+        time: Duration,
         command: Cmd,
-    ) -> RedisResult<Vec<(Node, RedisResult<Value>)>> {
+    ) -> Result<Vec<(Node, RedisResult<Value>)>, StoreError> {
+        let (answers, masters) = within(time, self.send_to_masters(command)).await?;
+        // The client leaves out those that it has no connection to.
+        if answers.len() < masters {
+            return Err(Cause::MastersMissing { known: answers.len(), all: masters }.error());
+        }
+        Ok(answers)
+    }
+
+    /// What all masters that can be reached answer, and how many there are.
+    async fn send_to_masters(
+        &self,
+        to_each: Cmd,
+    ) -> RedisResult<(Vec<(Node, RedisResult<Value>)>, usize)> {
         let Self::Cluster(connection) = self else {
-            return Ok(vec![(Node::Single, self.send(&command).await)]);
+            return Ok((vec![(Node::Single, self.send(&to_each).await)], 1));
         };
         let route = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
-        let answer = connection.clone().route_command(command, route).await?;
+        let answer = connection.clone().route_command(to_each, route).await?;
         let answers = answer.into_map_iter().map_err(|_| unexpected())?;
         let answers = answers.map(|(name, answer)| {
             let name: String = redis::from_redis_value(name)?;
             Ok((Node::named(&name).ok_or_else(unexpected)?, answer.extract_error()))
         });
-        answers.collect()
+        let answers = answers.collect::<RedisResult<_>>()?;
+        let mut info = command("CLUSTER");
+        info.arg("INFO");
+        let route = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
+        let info = connection.clone().route_command(info, route).await?.extract_error()?;
+        let masters = InfoDict::from_redis_value(info)?.get("cluster_size");
+        Ok((answers, masters.ok_or_else(unexpected)?))
     }
 
     /// Whether all servers are one.
     pub(super) const fn is_single(&self) -> bool {
         matches!(self, Self::Single(_))
     }
+}
+
+/// A command without arguments yet.
+pub(super) fn command(name: &str) -> Cmd {
+    let mut command = Cmd::new();
+    command.arg(name);
+    command
 }
 
 pub(super) fn unexpected() -> RedisError {
@@ -183,5 +211,42 @@ fn kind_of(error: &RedisError) -> StoreErrorKind {
             _ => StoreErrorKind::Refused,
         },
         _ => StoreErrorKind::Refused,
+    }
+}
+
+/// Why the servers will not do, or what they did not do.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Cause {
+    #[error(
+        "maxmemory-policy of {node} is `{policy}`, by which it drops records that are still \
+         needed: set `noeviction`, or accept it by `allow_eviction`"
+    )]
+    Evicts { node: String, policy: String },
+    #[error(
+        "{node} does not say its maxmemory-policy: permit `INFO`, or make sure that it is \
+         `noeviction` and say `allow_eviction`"
+    )]
+    PolicyUnknown { node: String },
+    #[error("{node} is Redis {version}; 7.0 is the oldest that will do")]
+    TooOld { node: String, version: String },
+    #[error("the server is a node of a cluster: connect to it by `RedisStore::cluster`")]
+    OfACluster,
+    #[error("{acknowledged} of {wanted} replicas acknowledged it in time")]
+    Unacknowledged { acknowledged: u32, wanted: u32 },
+    #[error("{known} of {all} masters are connected")]
+    MastersMissing { known: usize, all: usize },
+    #[error("it takes {bytes} bytes, and the servers take {most}")]
+    TooLarge { bytes: usize, most: usize },
+}
+
+impl Cause {
+    pub(super) fn error(self) -> StoreError {
+        let kind = match self {
+            Self::Unacknowledged { .. } => StoreErrorKind::TimedOut,
+            Self::MastersMissing { .. } => StoreErrorKind::Unreachable,
+            Self::TooLarge { .. } => StoreErrorKind::TooLarge,
+            _ => StoreErrorKind::Refused,
+        };
+        StoreError::caused_by(NAME, kind, self)
     }
 }

@@ -14,8 +14,8 @@ use futures_util::future::{BoxFuture, join_all};
 use redis::FromRedisValue as _;
 
 use super::{
-    RedisStore, Shared, command,
-    connection::{Node, failure, unexpected, within},
+    RedisStore, Shared,
+    connection::{Node, command, failure, unexpected, within},
     readable,
     record::decode,
     script::{Outcome, Step},
@@ -42,8 +42,7 @@ struct Keys {
 
 impl Shared {
     async fn masters(&self) -> Result<Vec<Node>, StoreError> {
-        let masters = self.connection.send_to_all(command("PING"));
-        let masters = within(self.patience(), masters).await?;
+        let masters = self.connection.send_to_all(self.patience(), command("PING")).await?;
         Ok(masters.into_iter().map(|(node, _)| node).collect())
     }
 
@@ -195,7 +194,7 @@ fn key_of(digits: &[u8]) -> Option<Key> {
 impl Manage for RedisStore {
     /// By the note that was made when the operation was claimed, which costs two look-ups. Where
     /// there is none, since the process died in between or the record is kept for longer than was
-    /// known then, all records are searched.
+    /// known then, all records are searched. So does an id that never was: let no strangers ask.
     fn find<'a>(
         &'a self,
         operation_id: &'a OperationId,

@@ -2,7 +2,10 @@
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::BoxStream};
 
-use super::{NAME, RedisStore, Shared, command, connection::within};
+use super::{
+    NAME, RedisStore, Shared,
+    connection::{command, within},
+};
 use crate::store::{Signal, StoreError, StoreErrorKind, Wake};
 
 impl Shared {
