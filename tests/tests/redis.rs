@@ -492,6 +492,71 @@ async fn a_server_that_is_paused_killed_and_restarted_is_used_again() {
 }
 
 #[tokio::test]
+async fn a_master_that_became_a_replica_is_looked_up_again() {
+    let server = Redis::start_own();
+    let store = RedisStore::connect(server.url()).await.expect("a connection");
+    let connections = || {
+        let info: String = server.ask(&["INFO", "stats"]).expect("an answer");
+        let count = info.lines().find_map(|line| line.strip_prefix("total_connections_received:"));
+        count.and_then(|count| count.parse::<u32>().ok()).expect("a number")
+    };
+    let nobody = tests::servers::free_port().to_string();
+    server.ask::<()>(&["REPLICAOF", "127.0.0.1", &nobody]).expect("an answer");
+    let before = connections();
+    let refused = store.claim(&any_claim()).await.expect_err("replicas take no writes");
+    assert_eq!(refused.kind(), StoreErrorKind::Unreachable);
+    // Each question makes a connection of its own.
+    let mut asked = 0;
+    until_answered(async || {
+        asked += 1;
+        // Who asks again finds the connection closed, and the client makes another one.
+        drop(store.claim(&any_claim()).await);
+        if connections() > before + asked { Ok(()) } else { Err("no other connection") }
+    })
+    .await;
+    server.ask::<()>(&["REPLICAOF", "NO", "ONE"]).expect("an answer");
+    let claimed = until_answered(async || store.claim(&any_claim()).await).await;
+    assert!(matches!(claimed, Claimed::Granted(_)));
+}
+
+#[tokio::test]
+async fn a_user_of_its_own_needs_few_permissions() {
+    let permitted = "~idem:* &idem:* +eval +evalsha +time +get +set +del +scan +publish +subscribe \
+                     +ping +info";
+    let (single, cluster) = (Redis::start_own(), Cluster::shared());
+    for nodes in [std::slice::from_ref(&single), cluster.nodes()] {
+        let is_cluster = nodes.len() > 1;
+        let more = if is_cluster { " +cluster +exists +wait" } else { "" };
+        let rules: Vec<_> = permitted.split_whitespace().chain(more.split_whitespace()).collect();
+        for node in nodes {
+            let user = ["ACL", "SETUSER", "idem", "reset", "on", ">secret"];
+            node.ask::<()>(&[&user[..], &rules].concat()).expect("a user");
+        }
+        let urls = nodes.iter().map(|node| node.url().replace("//", "//idem:secret@"));
+        let urls: Vec<_> = urls.collect();
+        let store = if is_cluster {
+            RedisStore::builder().replicas(1, PATIENCE).cluster(urls).await
+        } else {
+            RedisStore::connect(urls[0].as_str()).await
+        };
+        let store = store.expect("a connection");
+        let claim = any_claim();
+        assert!(matches!(store.claim(&claim).await, Ok(Claimed::Granted(_))));
+        assert_eq!(store.complete(&answer_of(&claim, b"")).await.expect("it"), Written::Done);
+        let manage = store.manage().expect("a search");
+        let found = until_answered(async || manage.find(&claim.operation_id).await).await;
+        assert_eq!(found.expect("a record").key, claim.key);
+        assert!(manage.find(&OperationId::random()).await.expect("a search").is_none());
+        store.sweep(10).await.expect("a sweep");
+        let wake = store.wake().expect("messages");
+        let mut heard = wake.listen().await.expect("a channel");
+        wake.tell(Signal::Ended(claim.key)).await.expect("an answer");
+        let message = tokio::time::timeout(PATIENCE, heard.next()).await;
+        assert_eq!(message.expect("a message in time"), Some(Signal::Ended(claim.key)));
+    }
+}
+
+#[tokio::test]
 async fn a_server_that_is_not_there_is_said_to_be() {
     let start = Instant::now();
     let url = format!("redis://127.0.0.1:{}/", tests::servers::free_port());

@@ -47,9 +47,9 @@ const NAME: &str = "redis";
 /// For how long an operation can be found by its id beyond the time that its record is kept for
 /// when it is claimed: completing prolongs that by as long as the handler runs.
 const HANDLERS_RUN: Duration = Duration::from_secs(3600);
-/// How often a cluster's nodes are looked up because one of them is silent: other calls wait for
-/// that, and for the silent node, for as long as its time-out.
-const LOOK_UP_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the servers are looked up because one of them is silent or no longer a master: other
+/// calls wait for that, in a cluster with a silent node for as long as its time-out.
+const NOTICE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A store in Redis (7.0 or newer), Valkey or Redis Cluster: for many processes, and for many
 /// records.
@@ -87,6 +87,12 @@ const LOOK_UP_INTERVAL: Duration = Duration::from_secs(5);
 /// counts: leases and records end earlier or later by as much as the two differ. Keep the servers'
 /// time synchronised, by slewing it.
 ///
+/// # Permissions
+///
+/// A user of idem's own needs the keys and channels of its prefix and these commands:
+/// `~idem:* &idem:* +eval +evalsha +time +get +set +del +scan +publish +subscribe +ping +info`, in
+/// a cluster `+cluster +exists`, and `+wait` for [`replicas`](RedisStoreBuilder::replicas).
+///
 /// # TLS
 ///
 /// The client speaks TLS when the application turns it on: add `redis` with
@@ -121,8 +127,8 @@ struct Shared {
     max_bytes: usize,
     /// Where the last sweep ended on each server.
     swept: Mutex<HashMap<Node, u64>>,
-    /// When a cluster's nodes were last looked up because one of them was silent.
-    looked_up: Mutex<Option<Instant>>,
+    /// When the servers were last looked up because one of them was silent or no longer a master.
+    noticed: Mutex<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -253,24 +259,27 @@ impl Shared {
         Ok(answer)
     }
 
-    /// Sees to it that a node which is silent is not asked for ever.
+    /// Sees to it that a server which is silent or no longer a master is not asked for ever.
     fn notice(self: &Arc<Self>, error: &StoreError, name: &str) {
-        if error.kind() != StoreErrorKind::TimedOut || self.connection.is_single() {
+        let is_silent = error.kind() == StoreErrorKind::TimedOut && !self.connection.is_single();
+        let is_demoted =
+            is_server_error(error, ServerErrorKind::ReadOnly) && self.connection.is_single();
+        if !is_silent && !is_demoted {
             return;
         }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let mut looked_up = self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
-        if looked_up.is_some_and(|when| when.elapsed() < LOOK_UP_INTERVAL) {
+        let mut noticed = self.noticed.lock().unwrap_or_else(PoisonError::into_inner);
+        if noticed.is_some_and(|when| when.elapsed() < NOTICE_INTERVAL) {
             return;
         }
-        *looked_up = Some(Instant::now());
-        drop(looked_up);
+        *noticed = Some(Instant::now());
+        drop(noticed);
         let (shared, name) = (Arc::clone(self), name.to_owned());
         runtime.spawn(async move {
             let connections = shared.acknowledged.as_ref().map(|(connection, _)| connection);
             for connection in connections.into_iter().chain([&shared.connection]) {
-                // The next call that times out sees to it again.
-                drop(within(shared.patience(), connection.look_up_nodes(&name)).await);
+                // The next call that meets this sees to it again.
+                drop(within(shared.patience(), connection.look_again(&name)).await);
             }
         });
     }
@@ -340,11 +349,13 @@ impl Shared {
 }
 
 fn is_unknown_script<T>(answer: &Result<T, StoreError>) -> bool {
-    let Err(error) = answer else { return false };
+    answer.as_ref().err().is_some_and(|error| is_server_error(error, ServerErrorKind::NoScript))
+}
+
+/// Whether this is what the server answered.
+fn is_server_error(error: &StoreError, kind: ServerErrorKind) -> bool {
     let error = std::error::Error::source(error).and_then(|source| source.downcast_ref());
-    error.is_some_and(|error: &redis::RedisError| {
-        error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
-    })
+    error.is_some_and(|error: &redis::RedisError| error.kind() == ErrorKind::Server(kind))
 }
 
 /// An outcome, unless it is that the record cannot be read.

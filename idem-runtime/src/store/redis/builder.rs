@@ -82,7 +82,8 @@ impl RedisStoreBuilder {
     /// answer (`WAIT`), and at most for this long.
     ///
     /// It costs each of these calls a round trip between master and replica, and a second
-    /// connection. When fewer have acknowledged it in time, the call fails as
+    /// connection, on which they wait for each other; a claim that only finds a record waits too.
+    /// When fewer have acknowledged it in time, the call fails as
     /// [`TimedOut`](crate::store::StoreErrorKind::TimedOut). The record is then as if it had succeeded, on the
     /// master and on those replicas that have it, and may be lost if the master dies now: a claim
     /// is not used, and is taken over when its lease ends or granted again to who asks under its
@@ -256,7 +257,7 @@ impl RedisStoreBuilder {
             timeout: self.timeout,
             max_bytes: limits.min().unwrap_or(LARGEST_VALUE),
             swept: Mutex::default(),
-            looked_up: Mutex::default(),
+            noticed: Mutex::default(),
         })))
     }
 

@@ -85,13 +85,17 @@ impl Connection {
         answers.try_into().map_err(unexpected)
     }
 
-    /// Has a cluster's nodes looked up again.
+    /// Has the client look up again where the servers are.
     ///
-    /// The client does so when a node says that a key is not its own, or is gone; one that is there
-    /// and silent, whose replica was promoted meanwhile, it would ask for ever. So some other node
-    /// is asked for a key that is hardly its own.
-    pub(super) async fn look_up_nodes(&self, key: &str) -> RedisResult<()> {
-        let Self::Cluster(connection) = self else { return Ok(()) };
+    /// Of a cluster it does so when a node says that a key is not its own, or is gone; one that is
+    /// there and silent, whose replica was promoted meanwhile, it would ask for ever. So some other
+    /// node is asked for a key that is hardly its own. A single server's address is looked up at
+    /// each new connection; one that became a replica without closing those that it had is asked to
+    /// close ours.
+    pub(super) async fn look_again(&self, key: &str) -> RedisResult<()> {
+        let Self::Cluster(connection) = self else {
+            return self.send(&command("QUIT")).await.map(drop);
+        };
         let mut exists = command("EXISTS");
         exists.arg(key);
         let route = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
