@@ -217,10 +217,7 @@ impl Shared {
     /// Has one step done to a record.
     async fn step(self: &Arc<Self>, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
         let name = self.name(key);
-        let mut answer = within(self.patience(), self.connection.send(&step.call(&name))).await;
-        if is_unknown_script(&answer) {
-            answer = within(self.patience(), self.connection.send(&step.teach(&name))).await;
-        }
+        let answer = within(self.patience(), self.connection.run(&step, &name)).await;
         let answer = answer.inspect_err(|error| self.notice(error, &name))?;
         Answer::read(answer).map_err(failure)
     }
@@ -235,20 +232,11 @@ impl Shared {
             return self.step(key, step).await;
         };
         let name = self.name(key);
+        let mut wait = command("WAIT");
+        // Zero would be for ever.
+        wait.arg(replicas.count).arg(millis(replicas.within).max(1));
         let patience = self.patience().saturating_add(replicas.within);
-        let wait = || {
-            // Zero would be for ever.
-            let millis = millis(replicas.within).max(1);
-            let mut wait = command("WAIT");
-            wait.arg(replicas.count).arg(millis);
-            wait
-        };
-        let both = connection.send_both(&name, step.call(&name), wait());
-        let mut answers = within(patience, both).await;
-        if is_unknown_script(&answers) {
-            let both = connection.send_both(&name, step.teach(&name), wait());
-            answers = within(patience, both).await;
-        }
+        let answers = within(patience, connection.run_and(&step, &name, &wait)).await;
         let [answer, acknowledged] = answers.inspect_err(|error| self.notice(error, &name))?;
         let answer = Answer::read(answer).map_err(failure)?;
         let acknowledged =
@@ -262,8 +250,7 @@ impl Shared {
     /// Sees to it that a server which is silent or no longer a master is not asked for ever.
     fn notice(self: &Arc<Self>, error: &StoreError, name: &str) {
         let is_silent = error.kind() == StoreErrorKind::TimedOut && !self.connection.is_single();
-        let is_demoted =
-            is_server_error(error, ServerErrorKind::ReadOnly) && self.connection.is_single();
+        let is_demoted = is_read_only(error) && self.connection.is_single();
         if !is_silent && !is_demoted {
             return;
         }
@@ -348,14 +335,12 @@ impl Shared {
     }
 }
 
-fn is_unknown_script<T>(answer: &Result<T, StoreError>) -> bool {
-    answer.as_ref().err().is_some_and(|error| is_server_error(error, ServerErrorKind::NoScript))
-}
-
-/// Whether this is what the server answered.
-fn is_server_error(error: &StoreError, kind: ServerErrorKind) -> bool {
+/// Whether the server answered that it is a replica.
+fn is_read_only(error: &StoreError) -> bool {
     let error = std::error::Error::source(error).and_then(|source| source.downcast_ref());
-    error.is_some_and(|error: &redis::RedisError| error.kind() == ErrorKind::Server(kind))
+    error.is_some_and(|error: &redis::RedisError| {
+        error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
+    })
 }
 
 /// An outcome, unless it is that the record cannot be read.

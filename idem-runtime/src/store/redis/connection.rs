@@ -12,7 +12,7 @@ use redis::{
     },
 };
 
-use super::NAME;
+use super::{NAME, script::Step};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// A connection that many calls share and that restores itself.
@@ -59,30 +59,46 @@ impl Connection {
         }
     }
 
-    /// Sends a command that concerns a key, and then, on the same connection, one that concerns
-    /// whatever was sent on it before.
-    pub(super) async fn send_both(
+    /// Has a step done to the record of this name, and the server taught it if it must be.
+    pub(super) async fn run(&self, step: &Step<'_>, name: &str) -> RedisResult<Value> {
+        match self.send(&step.call(name)).await {
+            Err(error) if is_unknown_script(&error) => self.send(&step.teach(name)).await,
+            answer => answer,
+        }
+    }
+
+    /// Has a step done to the record of this name, and then sends a command that concerns whatever
+    /// was sent on the same connection before.
+    pub(super) async fn run_and(
         &self,
-        key: &str,
-        first: Cmd,
-        second: Cmd,
+        step: &Step<'_>,
+        name: &str,
+        then: &Cmd,
     ) -> RedisResult<[Value; 2]> {
+        match self.send_both(name, step.call(name), then).await {
+            Err(error) if is_unknown_script(&error) => {
+                self.send_both(name, step.teach(name), then).await
+            }
+            answers => answers,
+        }
+    }
+
+    async fn send_both(&self, name: &str, first: Cmd, then: &Cmd) -> RedisResult<[Value; 2]> {
         let mut both = Pipeline::with_capacity(2);
-        both.add_command(first).add_command(second);
+        both.add_command(first).add_command(then.clone());
         let answers = match self {
             Self::Single(connection) => {
                 connection.clone().send_packed_commands(&both, 0, 2).await?
             }
             Self::Cluster(connection) => {
-                let route = Route::with_key(key, SlotAddr::Master);
+                let route = Route::with_key(name, SlotAddr::Master);
                 let node = SingleNodeRoutingInfo::SpecificNode(route);
                 connection.clone().route_pipeline(both, 0, 2, node).await?
             }
         };
-        let answers: Vec<_> =
-            answers.into_iter().map(Value::extract_error).collect::<RedisResult<_>>()?;
-        let unexpected = |_| (ErrorKind::UnexpectedReturnType, "not two answers").into();
-        answers.try_into().map_err(unexpected)
+        let answers = answers.into_iter().map(Value::extract_error);
+        let answers: Vec<_> = answers.collect::<RedisResult<_>>()?;
+        answers.try_into().map_err(|_| unexpected())
     }
 
     /// Has the client look up again where the servers are.
@@ -163,6 +179,10 @@ pub(super) fn command(name: &str) -> Cmd {
     let mut command = Cmd::new();
     command.arg(name);
     command
+}
+
+fn is_unknown_script(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
 pub(super) fn unexpected() -> RedisError {
