@@ -74,7 +74,7 @@ pub use crate::http::{
     IdempotencyService, Idempotent, IdempotentArguments, IdempotentExt, MissingEngine,
     assert_handler,
 };
-#[cfg(feature = "sqlite")]
+#[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
 pub use crate::http::{Tx, TxRejection};
 pub use admin::{Admin, SettleError};
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};

@@ -6,6 +6,7 @@
 
 pub mod mariadb;
 pub mod postgres;
+pub mod redis;
 
 use std::{
     ffi::{OsStr, OsString},

@@ -11,14 +11,14 @@ mod extract;
 mod layer;
 mod look_up;
 mod serve;
-#[cfg(feature = "sqlite")]
+#[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
 mod transaction;
 mod unclaimed;
 
 #[cfg(feature = "testing")]
 pub use self::assert::{BrokenPromise, BrokenPromises, Check, Phase, Promise, assert_idempotent};
 pub(crate) use self::extract::ProvidesEngine;
-#[cfg(feature = "sqlite")]
+#[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
 pub use self::transaction::{Tx, TxRejection};
 pub use self::{
     answer::Handled,

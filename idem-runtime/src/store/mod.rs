@@ -15,6 +15,10 @@
     feature = "mysql",
     doc = "| [`MySqlStore`] | `mysql` | any number of processes, on MySQL or MariaDB |"
 )]
+#![cfg_attr(
+    feature = "redis",
+    doc = "| [`RedisStore`] | `redis` | many processes: Redis, Valkey or Redis Cluster |"
+)]
 
 mod clock;
 mod manage;
@@ -23,6 +27,8 @@ mod memory;
 mod mysql;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
 mod row;
 mod sealed;
 #[cfg(feature = "sqlite")]
@@ -38,11 +44,13 @@ use futures_util::future::BoxFuture;
 pub use self::clock::{Clock, ManualClock};
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
-pub(crate) use self::sealed::{Redact, Sealed, Veil};
 #[cfg(feature = "mysql")]
 pub use self::mysql::MySqlStore;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresStore, SchemaMismatch};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
+pub(crate) use self::sealed::{Redact, Sealed, Veil};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::SqliteStore;
 pub use self::transact::{Begun, Transact, Transaction};
