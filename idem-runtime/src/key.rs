@@ -14,6 +14,7 @@
 //! bytes(x)  = length: u64 big endian, then the bytes
 //! space     = ["operation", method, "route", route with erased names, parameter, …]
 //!           | ["operation", method, "path", decoded segment, …]
+//!           | ["function", path of the module and name]
 //!           | ["space", name]
 //! ```
 
@@ -385,6 +386,7 @@ impl Digester {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Space<'a> {
     Operation(&'a Endpoint),
+    Function(&'a str),
     Named(&'a str),
 }
 
@@ -393,12 +395,8 @@ fn preimage(space: Space<'_>, scope: &Values, values: &Values) -> Vec<u8> {
     put_bytes(&mut bytes, KEY_SCHEME);
     match space {
         Space::Operation(endpoint) => endpoint.parts.write_to(&mut bytes),
-        Space::Named(name) => {
-            let mut parts = Values::new();
-            parts.push("space");
-            parts.push(name);
-            parts.write_to(&mut bytes);
-        }
+        Space::Function(path) => Values::from_iter(["function", path]).write_to(&mut bytes),
+        Space::Named(name) => Values::from_iter(["space", name]).write_to(&mut bytes),
     }
     scope.write_to(&mut bytes);
     values.write_to(&mut bytes);

@@ -42,6 +42,7 @@ mod decision;
 mod detach;
 mod engine;
 mod fingerprint;
+mod function;
 mod hooks;
 mod http;
 mod issue;
@@ -71,6 +72,7 @@ pub use builder::{Builder, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
 pub use engine::Idempotency;
 pub use fingerprint::FingerprintScheme;
+pub use function::CallError;
 pub use hooks::{Denied, Recovered, ReplayShape, RequestContext, Settle};
 pub use issue::{IssueError, Issued, IssuedError};
 pub use key::{Key, OperationId, ScopeDigest, Token, Values};
@@ -78,6 +80,7 @@ pub use observer::{Event, Observer, Outcome, Tracing};
 pub use operation::{DerivedKey, Operation, StepError};
 pub use policy::{InFlight, Mode, Policy, Recording, StoreOutage};
 pub use record::{
-    CorruptPayload, FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl,
+    CorruptPayload, FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, RecordedValue,
+    State, Ttl,
 };
 pub use refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals};

@@ -11,8 +11,9 @@ use http::{Extensions, StatusCode, request::Parts};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
-use super::serve::{AnyState, Arguments, Exchange, Opened, Ran, Unkeyed, serve};
+use super::serve::{AnyState, Exchange, Opened, Ran, Unkeyed, serve};
 use crate::{
+    anchor::Arguments,
     engine::Idempotency,
     hooks::{AnyResponse, Denied, Recovered, Recovery, Settle},
     issue::Issued,

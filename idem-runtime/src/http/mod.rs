@@ -14,5 +14,5 @@ pub use self::{
         EngineInExtension, EngineInRouterState, EngineSource, Guarded, Idem, IdempotentArguments,
         MissingEngine, assert_handler, parse, run, run_parsed,
     },
-    serve::{Arguments, Handled, REPLAYED},
+    serve::{Handled, REPLAYED},
 };

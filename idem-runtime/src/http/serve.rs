@@ -10,21 +10,20 @@ use axum::{
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
-use tokio::sync::oneshot;
 
 use super::body::{Bound, Buffered, buffer, whole};
 use crate::{
-    anchor::{Anchor, AnchorError, AnchorRequest, KeyRules},
+    anchor::{Anchor, AnchorError, AnchorRequest, Arguments, KeyRules},
     decision::OnUnknown,
     detach::FinishAnyway,
     engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
-    fingerprint::{Subject, scheme_needs_body, under_scheme},
+    fingerprint::{Subject, is_of_function, scheme_needs_body, under_scheme},
     hooks::{Denied, Fate, Recovery, ReplayShape, RequestContext, Settle},
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
     operation::Operation,
     policy::{InFlight, Mode, Policy, Resolved},
-    record::{RecordedResponse, Ttl},
+    record::{Answer, RecordedResponse, Ttl},
     refusal::{Refusal, RefusalKind},
     store::Claim,
 };
@@ -51,25 +50,6 @@ pub(crate) enum Ran {
 
 /// Runs the handler. The request is whole again: head, and the body that was buffered.
 pub(crate) type Runner = Box<dyn FnOnce(Request) -> BoxFuture<'static, Ran> + Send>;
-
-/// The values that generated code took from the handler's arguments, in the order in which the
-/// policy's anchor and then its scope ask for them.
-#[derive(Debug, Default)]
-pub struct Arguments(Vec<Values>);
-
-impl Arguments {
-    /// None yet.
-    pub const fn new() -> Self {
-        Self(Vec::new())
-    }
-
-    /// The next one.
-    pub fn push<V: crate::AnchorValue + ?Sized>(&mut self, value: &V) {
-        let mut values = Values::new();
-        value.write(&mut values);
-        self.0.push(values);
-    }
-}
 
 /// A router's state, of whatever type.
 pub(crate) type AnyState = Arc<dyn Any + Send + Sync>;
@@ -350,18 +330,18 @@ impl Exchange {
         let enforced = self.policy.mode == Mode::Enforce;
         let response = match admission {
             Admission::Run(run) => self.run(run, runner).await,
-            Admission::Replay { response, operation_id } => {
+            Admission::Replay { answer, operation_id } => {
                 self.tell(Outcome::Replayed, Some(operation_id));
                 match enforced {
-                    true => self.replay(response, operation_id),
+                    true => self.replay(answer, operation_id),
                     false => self.run_unclaimed(runner).await,
                 }
             }
             Admission::Wait(claim) => {
                 return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim }));
             }
-            Admission::Refuse(refusal) if enforced => self.render(refusal),
-            Admission::Refuse(_) => self.run_unclaimed(runner).await,
+            Admission::Refuse(refusal, _) if enforced => self.render(refusal),
+            Admission::Refuse(..) => self.run_unclaimed(runner).await,
             Admission::Unprotected => unprotected(self.run_unclaimed(runner).await),
         };
         Conducted::Answered(Box::new(response))
@@ -434,7 +414,7 @@ impl Exchange {
         let Self { shared, policy, mut head, body, .. } = *self;
         head.extensions.insert(operation);
         let request = Request::from_parts(head, body.into_body());
-        match carried(&shared, async move { runner(request).await }.boxed()).await? {
+        match shared.carried(async move { runner(request).await }.boxed()).await? {
             Ran::Answered(mut response) => {
                 let settle = response.extensions_mut().remove::<Settle>();
                 let settle = settle.unwrap_or(Settle::BY_POLICY);
@@ -486,7 +466,7 @@ impl Exchange {
         response
     }
 
-    fn replay(&self, recorded: RecordedResponse, operation_id: OperationId) -> Response {
+    fn replay(&self, recorded: Answer, operation_id: OperationId) -> Response {
         match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
                 let operation_id = Some(operation_id);
@@ -523,11 +503,11 @@ impl Waiting {
         };
         let bound = preferred_wait(&exchange.head.headers).map_or(bound, |wait| wait.min(bound));
         match shared.wait(&call, &claim, bound, &mut *exchange).await {
-            Admission::Replay { response, operation_id } => {
+            Admission::Replay { answer, operation_id } => {
                 exchange.tell(Outcome::Replayed, Some(operation_id));
-                exchange.replay(response, operation_id)
+                exchange.replay(answer, operation_id)
             }
-            Admission::Refuse(refusal) => exchange.render(refusal),
+            Admission::Refuse(refusal, _) => exchange.render(refusal),
             // Nobody who waited runs.
             Admission::Run(_) | Admission::Wait(_) | Admission::Unprotected => {
                 exchange.render(Refusal::new(RefusalKind::InFlight))
@@ -570,6 +550,7 @@ impl Comparable for Exchange {
             match under_scheme(scheme, &self.shared.digester, &self.subject()) {
                 Some(Ok(fingerprint)) => Compared::Fingerprint(fingerprint),
                 Some(Err(_)) => Compared::Other,
+                None if is_of_function(scheme) => Compared::Other,
                 None => Compared::Unable(RefusalKind::RecordUnreadable),
             }
         }
@@ -606,23 +587,6 @@ async fn plain(request: Request, runner: Runner) -> Response {
     match runner(request).await {
         Ran::Answered(response) | Ran::Rejected(response) => response,
     }
-}
-
-/// The handler's future in whatever the application wraps it in; `None` if that threw it away.
-fn carried(shared: &Shared, work: BoxFuture<'static, Ran>) -> BoxFuture<'static, Option<Ran>> {
-    let Some(carry) = &shared.carry else { return work.map(Some).boxed() };
-    let (send, receive) = oneshot::channel();
-    let wrapped = carry(
-        async move {
-            let _ = send.send(work.await);
-        }
-        .boxed(),
-    );
-    async move {
-        wrapped.await;
-        receive.await.ok()
-    }
-    .boxed()
 }
 
 /// Says what an answer means for its record.
@@ -706,7 +670,8 @@ fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
 
 /// A recorded answer as a response, in the shape that the policy gives to replays; `None` if it
 /// cannot be one.
-fn replayed(recorded: RecordedResponse, shape: Option<ReplayShape>) -> Option<Response> {
+fn replayed(recorded: Answer, shape: Option<ReplayShape>) -> Option<Response> {
+    let Answer::Response(recorded) = recorded else { return None };
     let mut response = http::Response::new(recorded.body);
     *response.status_mut() = StatusCode::from_u16(recorded.status).ok()?;
     let headers = response.headers_mut();
