@@ -115,7 +115,7 @@ fn refuse_what_reads_requests(args: &mut Args, errors: &mut Errors) {
     );
     refuse(
         args.admit.take().map(|said| said.key),
-        "`admit` asks about a request: ask in the function's body, and say by `nothing_happened` that an error of this kind came before any effect",
+        "`admit` asks about a request, which a plain function has not: ask in its body, and say by `nothing_happened` that an error of this kind came before any effect",
     );
     refuse(
         args.replay.take().map(|said| said.key),
