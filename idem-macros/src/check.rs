@@ -190,7 +190,7 @@ fn policy(
     let anchor = args.anchor.as_ref().map(|said| parts.anchor(&said.value)).unwrap_or_default();
     let scope = args.scope.as_ref().map(|said| parts.scope(&said.value));
     let fingerprint = args.fingerprint.as_ref().and_then(|said| parts.fingerprint(&said.value));
-    contradictions(&anchor, &args, errors);
+    contradictions(&anchor, &args, asked, errors);
 
     let lease = read(args.lease, errors, |key, term| {
         value::time(key, term, "30s", "a lease that ends at once lets every retry run")
@@ -269,12 +269,17 @@ fn ttl(key: &Ident, term: &Term) -> Result<Ttl> {
 }
 
 /// What options say of each other. The anchor is empty if it could not be read.
-fn contradictions(anchor: &[Part], args: &Args, errors: &mut Errors) {
+fn contradictions(anchor: &[Part], args: &Args, asked: Asked, errors: &mut Errors) {
     if let Some(format) = args.format.as_ref().filter(|_| anchor.len() > 1) {
-        errors.at(
-            &format.key,
-            "`format` describes one value, and this anchor has several: declare the parts that have a format as constants, as in `const NONCE: Anchor = Anchor::body_field(\"nonce\").format(Format::Uuid)`, and name them in the tuple",
-        );
+        let message = match asked {
+            Asked::Request => {
+                "`format` describes one value, and this anchor has several: declare the parts that have a format as constants, as in `const NONCE: Anchor = Anchor::body_field(\"nonce\").format(Format::Uuid)`, and name them in the tuple"
+            }
+            Asked::Arguments => {
+                "`format` describes one value, and this anchor has several: take types that have one form only, such as `Uuid`, or check the others in the function's body"
+            }
+        };
+        errors.at(&format.key, message);
     }
     let always_there = |part: &Part| matches!(part, Part::Argument(_));
     if let Some(optional) =

@@ -1,4 +1,4 @@
-//! idem makes axum handlers safe to retry.
+//! idem makes axum handlers safe to retry, and plain functions safe to call again.
 //!
 //! A client that sees a timeout cannot know whether its request ran. With an *idempotency key* it
 //! need not: the first request with a key runs and its answer is recorded, a retry gets the
@@ -14,7 +14,7 @@
 //! | [anchor](Anchor) | where in a request the idempotency key comes from |
 //! | [scope](Scope) | whose key it is |
 //! | space | within what a key is unique: the operation, or a name that several handlers share |
-//! | operation | method, matched route and decoded parameter values |
+//! | operation | method, matched route and decoded parameter values; of a plain function, its path |
 //! | [fingerprint](FingerprintScheme) | what makes two requests the same request |
 //! | claim | the right to run the handler for a key, held under a lease and named by a fencing token |
 //! | [record](Record) | what the store holds for a key: issued, running, released or completed |

@@ -112,7 +112,7 @@ pub struct Record {
     pub key: Key,
     /// Whose it is.
     pub scope: ScopeDigest,
-    /// Method and route in plain text, for people.
+    /// Method and route, or `fn` and the path of a plain function, in plain text, for people.
     pub operation: Arc<str>,
     /// The identity of the logical operation, through all its attempts.
     pub operation_id: OperationId,

@@ -39,7 +39,7 @@ pub(crate) enum Engine {
 /// what holds for handlers. Either way it does not compile, so a name decides no more than which
 /// mistake is named.
 pub(super) fn is_one(args: &Args, handler: &Handler) -> bool {
-    if matches!(&args.engine, Some(Said { value: Term::Arguments(..), .. })) {
+    if says_engine(args) {
         return true;
     }
     let of_arguments = args.anchor.as_ref().is_some_and(|said| only_arguments(&said.value));
@@ -49,6 +49,10 @@ pub(super) fn is_one(args: &Args, handler: &Handler) -> bool {
         }
         FnArg::Receiver(_) => false,
     })
+}
+
+fn says_engine(args: &Args) -> bool {
+    matches!(&args.engine, Some(Said { value: Term::Arguments(..), .. }))
 }
 
 fn only_arguments(anchor: &Term) -> bool {
@@ -81,15 +85,15 @@ pub(super) fn check(
 ) -> Option<(Checked, Function)> {
     refuse_what_reads_requests(args, errors);
     methods_name_a_space(args, &handler, errors);
-    let said = args.engine.take();
-    let expression = said.as_ref().map(|said| errors.keep(engine(said)));
+    let says_engine = says_engine(args);
+    let expression = args.engine.take().map(|said| errors.keep(engine(&said)));
     let operation = super::read(args.operation.take(), errors, operation);
     let nothing_happened = super::read(args.nothing_happened.take(), errors, |key, term| {
         value::function(key, term, "fn(&E) -> bool")
     });
     let compared = args.fingerprint.take().map(|said| compared(&said.value, errors));
 
-    let (checked, receiver, argument) = signature(handler, said.as_ref(), errors);
+    let (checked, receiver, argument) = signature(handler, says_engine, errors);
     let engine = match expression {
         Some(expression) => Engine::Expression(Box::new(expression?)),
         None => Engine::Argument(argument?),
@@ -212,7 +216,7 @@ fn compared(term: &Term, errors: &mut Errors) -> Vec<Expr> {
 /// Also says which argument is the engine, if one is.
 fn signature(
     handler: Handler,
-    engine: Option<&Said<Term>>,
+    says_engine: bool,
     errors: &mut Errors,
 ) -> (Checked, Option<Receiver>, Option<usize>) {
     let Handler { attributes, visibility, mut signature, body, undecorated } = handler;
@@ -237,13 +241,13 @@ fn signature(
             FnArg::Typed(argument) => Argument::of(argument, errors),
         };
         match reference(&argument.ty) {
-            Some(reference) if found.is_none() && engine.is_none() => {
+            Some(reference) if found.is_none() && !says_engine => {
                 found = Some(arguments.len());
                 if let Some(word) = &reference.mutability {
                     errors.at(word, "the engine is shared: take `&Idempotency`");
                 }
             }
-            Some(reference) if is_engine(reference) && engine.is_some() => {
+            Some(reference) if is_engine(reference) && says_engine => {
                 errors.at(
                     reference,
                     "where the engine is, is said twice: leave out this argument, or `engine = arg(..)`",

@@ -570,7 +570,13 @@ fn a_plain_function_has_no_request() {
     option("operation = \"op\"", "\"op\"", "as in `operation = op`");
     option("operation = a::op", "a::op", "as in `operation = op`");
     option("nothing_happened = |e| true", "|e| true", "`nothing_happened` takes no closure");
-    option("nothing_happened = true()", "true()", "takes the path of a function: `fn(&E) -> bool`");
+    option("nothing_happened = \"f\"", "\"f\"", "takes the path of a function: `fn(&E) -> bool`");
+    assert_one(
+        "anchor = arg(event, 1), format = uuid",
+        FUNCTION,
+        "format",
+        "check the others in the function's body",
+    );
     option("operation = a, operation = b", "operation", "option `operation` given twice");
     option("transaction", "transaction", "not yet supported");
 }
