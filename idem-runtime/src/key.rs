@@ -492,6 +492,10 @@ mod tests {
             hex(Digester::keyed(b"secret").key(Space::Named("api"), &scope, &anchor)),
             "83667bf3e64184945dc539c93d42966e91b5610d10a7fd6c51dacac909703b65",
         );
+        assert_eq!(
+            hex(Digester::Plain.key(Space::Function("a::f"), &scope, &anchor)),
+            "6657ac4fc917c9b4621b8857cf931996dbf3af769947fcca03703af660f6fa81",
+        );
     }
 
     #[test]
