@@ -37,6 +37,8 @@ pub(crate) struct Args {
     pub(crate) store_outage: Option<Said<Term>>,
     pub(crate) engine: Option<Said<Term>>,
     pub(crate) state: Option<Said<Type>>,
+    pub(crate) operation: Option<Said<Term>>,
+    pub(crate) nothing_happened: Option<Said<Term>>,
     pub(crate) krate: Option<Said<Path>>,
     /// The options that were said, though perhaps not readably: they are not missing.
     mentioned: Vec<Ident>,
@@ -95,7 +97,7 @@ pub(crate) struct Call {
 }
 
 /// Every option with an example, in the order of the documentation.
-pub(crate) const OPTIONS: [(&str, &str); 20] = [
+pub(crate) const OPTIONS: [(&str, &str); 22] = [
     ("anchor", r#"anchor = header("Idempotency-Key")"#),
     ("ttl", r#"ttl = "24h""#),
     ("scope", r#"scope = header("X-Tenant")"#),
@@ -115,6 +117,8 @@ pub(crate) const OPTIONS: [(&str, &str); 20] = [
     ("store_outage", "store_outage = closed"),
     ("engine", "engine = extension"),
     ("state", "state = AppState"),
+    ("operation", "operation = op"),
+    ("nothing_happened", "nothing_happened = MyError::is_refusal"),
     ("crate", "crate = my_framework::idem"),
 ];
 
@@ -164,6 +168,8 @@ impl Args {
             "store_outage" => &mut self.store_outage,
             "engine" => &mut self.engine,
             "state" => return fill(&mut self.state, key, input, Type::parse),
+            "operation" => &mut self.operation,
+            "nothing_happened" => &mut self.nothing_happened,
             "crate" => return fill(&mut self.krate, key, input, Path::parse_mod_style),
             "transaction" => return Err(not_yet(&key)),
             _ => return Err(unknown(&key)),

@@ -4,6 +4,7 @@
 //! expansion has nothing left to refuse. Rules that do not depend on each
 //! other are all tried: one compilation reports every mistake.
 
+mod function;
 mod json;
 mod parts;
 mod replay;
@@ -17,21 +18,27 @@ use crate::args::{Args, Said, Term};
 use crate::errors::Errors;
 use crate::handler::Handler;
 
-use parts::Parts;
+use parts::{Asked, Parts};
 
+pub(crate) use function::{Engine as FunctionEngine, Function, reference as function_reference};
 pub(crate) use replay::Replay;
-pub(crate) use signature::{Checked as CheckedHandler, Extractor, Returns};
+pub(crate) use signature::{Argument, Checked as CheckedHandler, Returns};
 pub(crate) use value::{Format, InFlight, OnUnknown, Text, Time};
 
-/// A handler and what to do about it, without contradictions.
+/// A handler or a plain function, and what to do about it, without contradictions.
 pub(crate) struct Checked {
     pub(crate) handler: CheckedHandler,
     pub(crate) policy: Policy,
-    pub(crate) engine: Engine,
-    pub(crate) state: Option<Type>,
+    pub(crate) caller: Caller,
     pub(crate) krate: Option<Path>,
     /// This is the second time, after the attribute macros below ours.
     pub(crate) others_have_run: bool,
+}
+
+/// Who calls it, and what is said of that.
+pub(crate) enum Caller {
+    Axum { engine: Engine, state: Option<Type> },
+    Code(Function),
 }
 
 /// What the runtime's `Policy` is told; `None` where nothing was said.
@@ -109,27 +116,46 @@ pub(crate) fn check(
     handler: Option<Handler>,
     errors: &mut Errors,
 ) -> Option<Checked> {
-    let handler = handler.map(|handler| signature::check(handler, errors));
     let others_have_run = args.others_have_run;
-    let state = args.state.take();
     let krate = args.krate.take().map(|said| said.value);
+    let handler = match handler {
+        Some(handler) if function::is_one(&args, &handler) => {
+            let checked = function::check(&mut args, handler, errors);
+            let policy = policy(args, Asked::Arguments, &mut Vec::new(), errors);
+            let (handler, function) = checked?;
+            let caller = Caller::Code(function);
+            return Some(Checked { handler, policy: policy?, caller, krate, others_have_run });
+        }
+        handler => handler.map(|handler| signature::check(handler, errors)),
+    };
+    refuse_what_is_said_of_functions(&args, errors);
+    let state = args.state.take();
     let engine = engine(args.engine.take(), state.as_ref(), errors);
 
     let mut fields = Vec::new();
-    let policy = policy(args, &mut fields, errors);
+    let policy = policy(args, Asked::Request, &mut fields, errors);
     if let Some(handler) = &handler {
         for word in fields {
             handler.has_fields(word, errors);
         }
     }
-    Some(Checked {
-        handler: handler?,
-        policy: policy?,
-        engine,
-        state: state.map(|said| said.value),
-        krate,
-        others_have_run,
-    })
+    let caller = Caller::Axum { engine, state: state.map(|said| said.value) };
+    Some(Checked { handler: handler?, policy: policy?, caller, krate, others_have_run })
+}
+
+fn refuse_what_is_said_of_functions(args: &Args, errors: &mut Errors) {
+    if let Some(operation) = &args.operation {
+        errors.at(
+            &operation.key,
+            "`operation` is for plain functions: a handler takes an argument of type `Operation`",
+        );
+    }
+    if let Some(nothing_happened) = &args.nothing_happened {
+        errors.at(
+            &nothing_happened.key,
+            "`nothing_happened` is for plain functions: a handler says it by a 4xx, or by `Settle::forgotten()`",
+        );
+    }
 }
 
 fn engine(said: Option<Said<Term>>, state: Option<&Said<Type>>, errors: &mut Errors) -> Engine {
@@ -145,18 +171,26 @@ fn engine(said: Option<Said<Term>>, state: Option<&Said<Type>>, errors: &mut Err
 }
 
 /// Also lists the words by which fields of the body are named.
-fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Policy> {
+fn policy(
+    args: Args,
+    asked: Asked,
+    fields: &mut Vec<Ident>,
+    errors: &mut Errors,
+) -> Option<Policy> {
     if !args.mentions("anchor") {
-        errors.push(Error::new(
-            Span::call_site(),
-            "missing `anchor = ...`: say what identifies the operation, as in `anchor = header(\"Idempotency-Key\")`",
-        ));
+        let example = match asked {
+            Asked::Request => "anchor = header(\"Idempotency-Key\")",
+            Asked::Arguments => "anchor = arg(event_id)",
+        };
+        let message =
+            format!("missing `anchor = ...`: say what identifies the operation, as in `{example}`");
+        errors.push(Error::new(Span::call_site(), message));
     }
-    let mut parts = Parts { fields, errors };
+    let mut parts = Parts { asked, fields, errors };
     let anchor = args.anchor.as_ref().map(|said| parts.anchor(&said.value)).unwrap_or_default();
     let scope = args.scope.as_ref().map(|said| parts.scope(&said.value));
     let fingerprint = args.fingerprint.as_ref().and_then(|said| parts.fingerprint(&said.value));
-    contradictions(&anchor, &args, errors);
+    contradictions(&anchor, &args, asked, errors);
 
     let lease = read(args.lease, errors, |key, term| {
         value::time(key, term, "30s", "a lease that ends at once lets every retry run")
@@ -169,7 +203,15 @@ fn policy(args: Args, fields: &mut Vec<Ident>, errors: &mut Errors) -> Option<Po
         value::word(key, term, &[("success", "Success"), ("final", "Final"), ("all", "All")])
     });
     let in_flight = read(args.in_flight, errors, value::in_flight);
-    let on_unknown = read(args.on_unknown, errors, value::on_unknown);
+    let on_unknown = read(args.on_unknown, errors, |key, term| {
+        match value::on_unknown(key, term)? {
+            OnUnknown::Recover(_) if asked == Asked::Arguments => value::error(
+                term,
+                "`recover` asks about a request: from the second attempt on (`operation.attempt()`), ask in the function's body",
+            ),
+            on_unknown => Ok(on_unknown),
+        }
+    });
     let admit = read(args.admit, errors, |key, term| {
         value::function(key, term, "async fn(RequestContext) -> Result<(), impl IntoResponse>")
     });
@@ -227,12 +269,17 @@ fn ttl(key: &Ident, term: &Term) -> Result<Ttl> {
 }
 
 /// What options say of each other. The anchor is empty if it could not be read.
-fn contradictions(anchor: &[Part], args: &Args, errors: &mut Errors) {
+fn contradictions(anchor: &[Part], args: &Args, asked: Asked, errors: &mut Errors) {
     if let Some(format) = args.format.as_ref().filter(|_| anchor.len() > 1) {
-        errors.at(
-            &format.key,
-            "`format` describes one value, and this anchor has several: declare the parts that have a format as constants, as in `const NONCE: Anchor = Anchor::body_field(\"nonce\").format(Format::Uuid)`, and name them in the tuple",
-        );
+        let message = match asked {
+            Asked::Request => {
+                "`format` describes one value, and this anchor has several: declare the parts that have a format as constants, as in `const NONCE: Anchor = Anchor::body_field(\"nonce\").format(Format::Uuid)`, and name them in the tuple"
+            }
+            Asked::Arguments => {
+                "`format` describes one value, and this anchor has several: take types that have one form only, such as `Uuid`, or check the others in the function's body"
+            }
+        };
+        errors.at(&format.key, message);
     }
     let always_there = |part: &Part| matches!(part, Part::Argument(_));
     if let Some(optional) =

@@ -1,4 +1,4 @@
-//! The handler as axum and the engine see it.
+//! The handler as axum and the engine see it; the plain function, in [`plain`].
 //!
 //! ```text
 //! async fn create(State(db): State<Db>, Json(new): Json<New>) -> Result<Made, Problem> { … }
@@ -22,6 +22,7 @@
 //! to make rustc underline a word of the user's, such a span is only moved
 //! there ([`at`]).
 
+mod plain;
 mod policy;
 
 use proc_macro2::{Delimiter, Group, Ident, Span, TokenStream, TokenTree};
@@ -30,7 +31,9 @@ use syn::visit::{self, Visit};
 use syn::visit_mut::{self, VisitMut};
 use syn::{Attribute, Expr, GenericParam, Generics, Index, Pat, PatIdent, Type, WherePredicate};
 
-use crate::check::{Checked, CheckedHandler, Engine, Extractor, Part, Returns, Scope};
+use crate::check::{
+    Argument, Caller, Checked, CheckedHandler, Engine, Part, Policy, Returns, Scope,
+};
 
 /// Our name resolution, at the user's place.
 fn at(tokens: impl ToTokens) -> Span {
@@ -76,20 +79,18 @@ fn private(checked: &Checked, place: Span) -> TokenStream {
     }
 }
 
-pub(crate) fn handler(checked: &Checked) -> TokenStream {
+pub(crate) fn function(checked: &Checked) -> TokenStream {
     let here = Span::mixed_site();
     let p = &private(checked, here);
-    let function = Function::of(checked, p);
-
-    let signature = function.signature();
-    let policy = function.policy();
-    let checks = function.state_checks();
-    let probe = function.streaming_probe();
-    let run = function.run();
+    let (signature, body) = match &checked.caller {
+        Caller::Axum { engine, state } => {
+            handler(&Wrapped::of(checked, *engine, p), state.as_ref())
+        }
+        Caller::Code(function) => plain::function(checked, function, p),
+    };
 
     // With the braces of the user's: rustc takes a function for generated that ends elsewhere, and
     // no longer says, among others, that nobody uses it.
-    let body = quote_spanned!(here=> #policy #checks #probe #run);
     let mut block = Group::new(Delimiter::Brace, body);
     block.set_span(checked.handler.body.span());
 
@@ -100,10 +101,21 @@ pub(crate) fn handler(checked: &Checked) -> TokenStream {
     }
 }
 
+/// Signature and body.
+fn handler(handler: &Wrapped<'_>, state: Option<&Type>) -> (TokenStream, TokenStream) {
+    let policy = handler.policy();
+    let checks = state.map(|state| handler.state_checks(state));
+    let probe = handler.streaming_probe();
+    let run = handler.run();
+    let body = quote_spanned!(Span::mixed_site()=> #policy #checks #probe #run);
+    (handler.signature(), body)
+}
+
 /// One handler with the names that its expansion repeats.
-struct Function<'a> {
+struct Wrapped<'a> {
     checked: &'a Checked,
     handler: &'a CheckedHandler,
+    engine: Engine,
     private: &'a TokenStream,
     /// `__a0`, `__a1`, … for all arguments but the last.
     names: Vec<Ident>,
@@ -111,25 +123,25 @@ struct Function<'a> {
     returns: &'a Type,
 }
 
-impl<'a> Function<'a> {
-    fn of(checked: &'a Checked, private: &'a TokenStream) -> Self {
+impl<'a> Wrapped<'a> {
+    fn of(checked: &'a Checked, engine: Engine, private: &'a TokenStream) -> Self {
         let handler = &checked.handler;
-        let names = (0..handler.earlier.len())
+        let names = (0..handler.earlier().len())
             .map(|index| format_ident!("__a{index}", span = Span::mixed_site()))
             .collect();
-        let last_type = match &handler.last {
+        let last_type = match handler.last() {
             Some(last) => last.ty.clone(),
             None => syn::parse_quote!(()),
         };
-        let (Returns::Named(returns) | Returns::Opaque(returns)) = &handler.returns;
-        Self { checked, handler, private, names, last_type, returns }
+        let returns = handler.returns.ty();
+        Self { checked, handler, engine, private, names, last_type, returns }
     }
 
     fn signature(&self) -> TokenStream {
         let here = Span::mixed_site();
         let Self { private: p, names, last_type, returns, .. } = self;
-        let types = self.handler.earlier.iter().map(|extractor| &extractor.ty);
-        let source = match self.checked.engine {
+        let types = self.handler.earlier().iter().map(|extractor| &extractor.ty);
+        let source = match self.engine {
             Engine::State => quote_spanned!(here=> #p::EngineInRouterState),
             Engine::Extension => quote_spanned!(here=> #p::EngineInExtension),
         };
@@ -151,45 +163,29 @@ impl<'a> Function<'a> {
     }
 
     fn policy(&self) -> TokenStream {
-        let here = Span::mixed_site();
-        let p = self.private;
-        let value = policy::tokens(self.checked, p);
-        // An item's constant is evaluated by `cargo check`, an inline one only
-        // by a build; but only the latter may depend on the type parameters.
-        let parameters = &self.handler.signature.generics.params;
-        let generic = mentions(&value, "Self")
-            || parameters.iter().filter_map(name_of).any(|name| mentions(&value, &name));
-        if generic {
-            return quote_spanned!(here=> let __policy: &'static #p::Policy = &const { #value };);
-        }
-        // Named in a block of its own: an item of ours would shadow the user's.
-        quote_spanned! {here=>
-            let __policy: &'static #p::Policy = {
-                const __IDEM_POLICY: #p::Policy = #value;
-                &__IDEM_POLICY
-            };
-        }
+        let (here, p) = (Span::mixed_site(), self.private);
+        let policy = constant(self.handler, &quote!(#p::Policy), &policy::tokens(self.checked, p));
+        quote_spanned!(here=> let __policy: &'static #p::Policy = #policy;)
     }
 
     /// With `state = …`, rustc can say at the definition what it otherwise
     /// only says where the handler is routed.
-    fn state_checks(&self) -> Option<TokenStream> {
-        let state = self.checked.state.as_ref()?;
+    fn state_checks(&self, state: &Type) -> TokenStream {
         let p = self.private;
         let engine = quote_spanned!(at(state)=> #p::check_engine::<#state>(););
-        let arguments = self.handler.earlier.iter().map(
-            |Extractor { ty, .. }| quote_spanned!(at(ty)=> #p::check_argument::<#ty, #state>();),
+        let arguments = self.handler.earlier().iter().map(
+            |Argument { ty, .. }| quote_spanned!(at(ty)=> #p::check_argument::<#ty, #state>();),
         );
-        let last = self.handler.last.as_ref().map(|Extractor { ty, .. }| {
+        let last = self.handler.last().map(|Argument { ty, .. }| {
             quote_spanned!(at(ty)=> #p::check_last_argument::<#ty, #state, _>();)
         });
-        Some(quote_spanned! {Span::mixed_site()=>
+        quote_spanned! {Span::mixed_site()=>
             if false {
                 #engine
                 #(#arguments)*
                 #last
             }
-        })
+        }
     }
 
     /// An answer that streams is refused by its type, through aliases.
@@ -223,7 +219,7 @@ impl<'a> Function<'a> {
         // Located at the type, where rustc says that it is no response.
         let returns = at(self.returns);
         let at_returns = private(self.checked, returns);
-        let expressions = self.argument_expressions();
+        let expressions = argument_expressions(&self.checked.policy);
         if expressions.is_empty() {
             let passed = quote_spanned!(here=> __idem, __policy, move |__last: #last_type| #body);
             return quote_spanned!(returns=> #at_returns::run(#passed).await);
@@ -251,14 +247,12 @@ impl<'a> Function<'a> {
         let here = Span::mixed_site();
         let p = self.private;
         let last = Ident::new("__last", here);
-        let patterns = self.extractors().map(|extractor| by_reference(&extractor.pattern));
+        let patterns =
+            self.handler.arguments.iter().map(|extractor| by_reference(&extractor.pattern));
         let values = self.names.iter().chain([&last]);
         let pushes = expressions.iter().map(|expression| {
-            let mut borrowed = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
-            // From the first to the last token of the expression, which rustc
-            // joins where it says that the value is no anchor.
-            borrowed.set_span(at_end(expression));
-            quote_spanned!(at(expression)=> __arguments.push(& #borrowed);)
+            let borrowed = borrowed(expression);
+            quote_spanned!(at(expression)=> __arguments.push(#borrowed);)
         });
         quote_spanned! {here=>
             let mut __arguments = #p::Arguments::new();
@@ -280,10 +274,10 @@ impl<'a> Function<'a> {
     fn body(&self) -> TokenStream {
         let here = Span::mixed_site();
         let Self { names, handler, .. } = self;
-        let inference = self.inference();
-        let arguments = handler.last.as_ref().map(|_| {
-            let bindings = self.extractors().enumerate().filter_map(binding);
-            let used = self.used_in_expressions();
+        let inference = inference(&handler.returns);
+        let arguments = handler.last().map(|_| {
+            let bindings = self.handler.arguments.iter().enumerate().filter_map(binding);
+            let used = used(&handler.arguments, &argument_expressions(&self.checked.policy));
             quote_spanned! {here=>
                 let __args = (#(#names,)* __last,);
                 #(#bindings)*
@@ -298,67 +292,91 @@ impl<'a> Function<'a> {
             #block
         }
     }
+}
 
-    /// Tells rustc the type of the block before it meets the first `?`.
-    fn inference(&self) -> Option<TokenStream> {
-        let Returns::Named(returns) = &self.handler.returns else {
-            return None;
-        };
-        // Located at the type, where rustc says what it inferred.
-        Some(quote_spanned! {at(returns)=>
-            #[allow(
-                unreachable_code,
-                clippy::diverging_sub_expression,
-                clippy::empty_loop,
-                clippy::let_unit_value,
-                clippy::let_with_type_underscore,
-                clippy::needless_return,
-            )]
-            if false {
-                let __never: #returns = loop {};
-                return __never;
-            }
+impl Returns {
+    fn ty(&self) -> &Type {
+        let (Self::Named(ty) | Self::Opaque(ty)) = self;
+        ty
+    }
+}
+
+/// A reference to a constant. An item's is evaluated by `cargo check`, an inline one only by a build;
+/// but only the latter may depend on the type parameters.
+fn constant(handler: &CheckedHandler, ty: &TokenStream, value: &TokenStream) -> TokenStream {
+    let here = Span::mixed_site();
+    let parameters = &handler.signature.generics.params;
+    let generic = mentions(value, "Self")
+        || parameters.iter().filter_map(name_of).any(|name| mentions(value, &name));
+    if generic {
+        return quote_spanned!(here=> &const { #value });
+    }
+    // Named in a block of its own: an item of ours would shadow the user's.
+    quote_spanned! {here=>
+        {
+            const __IDEM_POLICY: #ty = #value;
+            &__IDEM_POLICY
+        }
+    }
+}
+
+/// `&(expression)`, from the first to the last token of the expression, which rustc joins where it
+/// says that the value will not do.
+fn borrowed(expression: &Expr) -> TokenStream {
+    let mut group = Group::new(Delimiter::Parenthesis, expression.to_token_stream());
+    group.set_span(at_end(expression));
+    quote_spanned!(at(expression)=> & #group)
+}
+
+/// Tells rustc the type of the block before it meets the first `?`.
+fn inference(returns: &Returns) -> Option<TokenStream> {
+    let Returns::Named(returns) = returns else {
+        return None;
+    };
+    // Located at the type, where rustc says what it inferred.
+    Some(quote_spanned! {at(returns)=>
+        #[allow(
+            unreachable_code,
+            clippy::diverging_sub_expression,
+            clippy::empty_loop,
+            clippy::let_unit_value,
+            clippy::let_with_type_underscore,
+            clippy::needless_return,
+        )]
+        if false {
+            let __never: #returns = loop {};
+            return __never;
+        }
+    })
+}
+
+/// The anchor's expressions, then the scope's: the runtime counts on it.
+fn argument_expressions(policy: &Policy) -> Vec<&Expr> {
+    let scope = match &policy.scope {
+        Some(Scope::Parts(parts)) => &parts[..],
+        Some(Scope::Global) | None => &[],
+    };
+    policy
+        .anchor
+        .iter()
+        .chain(scope)
+        .filter_map(|part| match part {
+            Part::Argument(expression) => Some(expression),
+            _ => None,
         })
-    }
+        .collect()
+}
 
-    fn extractors(&self) -> impl Iterator<Item = &Extractor> {
-        self.handler.earlier.iter().chain(&self.handler.last)
+/// Bindings that an `arg(..)` reads are used, even if the body forgets them.
+fn used(arguments: &[Argument], expressions: &[&Expr]) -> Vec<Ident> {
+    let expressions = quote!(#(#expressions)*);
+    let mut bindings = Bindings(Vec::new());
+    for argument in arguments {
+        bindings.visit_pat(&argument.pattern);
     }
-
-    /// The anchor's expressions, then the scope's: the runtime counts on it.
-    fn argument_expressions(&self) -> Vec<&Expr> {
-        let policy = &self.checked.policy;
-        let scope = match &policy.scope {
-            Some(Scope::Parts(parts)) => &parts[..],
-            Some(Scope::Global) | None => &[],
-        };
-        policy
-            .anchor
-            .iter()
-            .chain(scope)
-            .filter_map(|part| match part {
-                Part::Argument(expression) => Some(expression),
-                _ => None,
-            })
-            .collect()
-    }
-
-    /// Bindings that an `arg(..)` reads are used, even if the body forgets
-    /// them.
-    fn used_in_expressions(&self) -> Vec<Ident> {
-        let expressions = self.argument_expressions();
-        if expressions.is_empty() {
-            return Vec::new();
-        }
-        let expressions = quote!(#(#expressions)*);
-        let mut bindings = Bindings(Vec::new());
-        for extractor in self.extractors() {
-            bindings.visit_pat(&extractor.pattern);
-        }
-        let mut bindings = bindings.0;
-        bindings.retain(|name| mentions(&expressions, &name.to_string()));
-        bindings
-    }
+    let mut bindings = bindings.0;
+    bindings.retain(|name| mentions(&expressions, &name.to_string()));
+    bindings
 }
 
 /// The body may finish after the request is gone.
@@ -381,8 +399,8 @@ fn outlive_the_request(generics: &mut Generics) {
 }
 
 /// One `let` for each argument, so that rustc can point at its pattern.
-fn binding((index, extractor): (usize, &Extractor)) -> Option<TokenStream> {
-    let Extractor { attributes, pattern, .. } = extractor;
+fn binding((index, extractor): (usize, &Argument)) -> Option<TokenStream> {
+    let Argument { attributes, pattern, .. } = extractor;
     // It would bind nothing, and several lints ask for a reason.
     if matches!(pattern, Pat::Wild(_)) {
         return None;

@@ -21,7 +21,7 @@ use quote::quote;
 
 use errors::Errors;
 
-/// Makes an axum handler safe to retry. See `idem_runtime::idempotent`.
+/// Makes an axum handler, or a plain function, safe to retry. See `idem_runtime::idempotent`.
 #[proc_macro_attribute]
 pub fn idempotent(
     args: proc_macro::TokenStream,
@@ -42,7 +42,7 @@ fn guarded(args: &TokenStream, item: &TokenStream) -> TokenStream {
     let handler = handler::parse(item.clone(), &mut errors);
     match check::check(said, handler, &mut errors) {
         Some(checked) if errors.is_empty() => {
-            expand::after_other_macros(&checked, args).unwrap_or_else(|| expand::handler(&checked))
+            expand::after_other_macros(&checked, args).unwrap_or_else(|| expand::function(&checked))
         }
         // Routers elsewhere name the function: without it, one mistake here
         // would be an error in each of them.

@@ -4,13 +4,13 @@
 pub use idem_macros::idempotent;
 
 pub use crate::{
-    anchor::{Anchor, Format, Scope},
+    anchor::{Anchor, Arguments, Format, Scope},
     decision::OnUnknown,
     fingerprint::FingerprintScheme,
+    function::{Function, FunctionCall, call},
     hooks::{Denied, Recovered, ReplayShape, RequestContext},
-    http::{
-        Arguments, EngineInExtension, EngineInRouterState, Guarded, Idem, parse, run, run_parsed,
-    },
+    http::{EngineInExtension, EngineInRouterState, Guarded, Idem, parse, run, run_parsed},
+    operation::Operation,
     policy::{InFlight, Mode, Policy, Recording, StoreOutage},
 };
 
@@ -21,7 +21,7 @@ use axum::{
 };
 use futures_util::future::BoxFuture;
 
-use crate::http::ProvidesEngine;
+use crate::{engine::Idempotency, function::FunctionEngine, http::ProvidesEngine};
 
 /// Boxes a handler's body: whatever follows is not generic over it.
 pub fn boxed<R>(body: impl Future<Output = R> + Send + 'static) -> BoxFuture<'static, R> {
@@ -56,6 +56,16 @@ pub fn check_argument<T: FromRequestParts<S>, S>() {}
 
 /// With `state = S`: the last argument is an extractor.
 pub fn check_last_argument<T: FromRequest<S, M>, S, M>() {}
+
+/// The engine of a plain function.
+pub fn engine<E: FunctionEngine + ?Sized>(engine: &E) -> &Idempotency {
+    engine.engine()
+}
+
+/// Without `nothing_happened`: no error says so.
+pub const fn never<E>(_: &E) -> bool {
+    false
+}
 
 /// Finds handlers that return a stream, through aliases, when they are compiled.
 pub mod probe {

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 pub use self::{
     request::{AnchorError, AnchorRequest},
-    value::AnchorValue,
+    value::{AnchorValue, Arguments},
 };
 use crate::{fingerprint::FingerprintScheme, key::Values, policy::Options, record::Ttl};
 
@@ -442,6 +442,11 @@ impl Scope {
     #[doc(hidden)]
     pub const fn argument() -> Self {
         Self(ScopeKind::One(Source::Argument))
+    }
+
+    /// Whether it is the scope of everybody, which reads nothing.
+    pub(crate) const fn is_global(&self) -> bool {
+        matches!(self.0, ScopeKind::Global)
     }
 
     /// Whether the body must be buffered before the scope is known. Code may look at it, but most

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::oneshot};
 use tracing::{Instrument, Span};
 
 use crate::{engine::Shared, observer::Outcome};
@@ -52,6 +52,29 @@ impl<T: Send + 'static> Future for FinishAnyway<T> {
             this.work = Some(work);
         }
         answer
+    }
+}
+
+impl Shared {
+    /// The future of a handler or a function in whatever the application wraps it in; `None` if that
+    /// threw it away.
+    pub(crate) fn carried<T: Send + 'static>(
+        &self,
+        work: BoxFuture<'static, T>,
+    ) -> BoxFuture<'static, Option<T>> {
+        let Some(carry) = &self.carry else { return work.map(Some).boxed() };
+        let (send, receive) = oneshot::channel();
+        let wrapped = carry(
+            async move {
+                let _ = send.send(work.await);
+            }
+            .boxed(),
+        );
+        async move {
+            wrapped.await;
+            receive.await.ok()
+        }
+        .boxed()
     }
 }
 

@@ -33,7 +33,7 @@ use crate::{
     observer::{Event, Observer, Outcome},
     operation::{Attempt, Journal},
     policy::{Mode, Options, Resolved, StoreOutage},
-    record::{FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl},
+    record::{Answer, FORMAT, Fingerprint, Flags, Progress, Record, State, Ttl},
     refusal::{Refusal, RefusalKind, Refusals},
     store::{
         Checkpoint, Claim, Claimed, Completion, Issue, Renewal, Store, StoreError, StoreErrorKind,
@@ -139,7 +139,7 @@ pub(crate) fn closed() -> TaskTracker {
     tracker
 }
 
-/// A request as the engine sees it.
+/// A request, or the call of a plain function, as the engine sees it.
 pub(crate) struct Call {
     pub(crate) key: Key,
     pub(crate) scope: ScopeDigest,
@@ -192,10 +192,11 @@ pub(crate) enum Compared {
 pub(crate) enum Admission {
     Run(Run),
     Replay {
-        response: RecordedResponse,
+        answer: Answer,
         operation_id: OperationId,
     },
-    Refuse(Refusal),
+    /// With what the store failed with, where that is the reason.
+    Refuse(Refusal, Option<StoreError>),
     /// The same request is running, and its answer may be waited for.
     Wait(Box<Claim>),
     /// The store could not be asked, and the policy says to run all the same.
@@ -316,7 +317,7 @@ impl Shared {
                 Ok(Claimed::Unknown) => {
                     return self.refuse(call, Refusal::new(RefusalKind::UnknownKey), None);
                 }
-                Err(error) => return self.outage(call, &claim, &error),
+                Err(error) => return self.outage(call, &claim, error),
             };
             let (decision, ours) = match judge(&claim, &record, request).await {
                 Ok(judged) => judged,
@@ -332,7 +333,7 @@ impl Shared {
         }
         if late {
             let too_late = StoreError::new("idem", StoreErrorKind::TimedOut);
-            return self.outage(call, &claim, &too_late);
+            return self.outage(call, &claim, too_late);
         }
         self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
     }
@@ -426,7 +427,7 @@ impl Shared {
                 self.take_back(claim);
                 let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
                 let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                return self.refuse(call, refusal.about(record.operation_id), Some(&error));
+                return self.refuse(call, refusal.about(record.operation_id), Some(error));
             }
         };
         // The steps of an operation that was forgotten are not this one's.
@@ -463,41 +464,41 @@ impl Shared {
     }
 
     fn replay(&self, call: &Call, record: &Record) -> Admission {
-        match RecordedResponse::decode(&record.payload) {
-            Ok(response) => Admission::Replay { response, operation_id: record.operation_id },
+        match Answer::decode(&record.payload) {
+            Ok(answer) => Admission::Replay { answer, operation_id: record.operation_id },
             Err(corrupt) => {
                 let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
                 let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                self.refuse(call, refusal.about(record.operation_id), Some(&error))
+                self.refuse(call, refusal.about(record.operation_id), Some(error))
             }
         }
     }
 
-    fn refuse(&self, call: &Call, refusal: Refusal, error: Option<&StoreError>) -> Admission {
+    fn refuse(&self, call: &Call, refusal: Refusal, error: Option<StoreError>) -> Admission {
         self.observe(&Event {
             outcome: Outcome::Refused(refusal.kind()),
             operation: &call.operation,
             operation_id: refusal.operation_id(),
             attempt: None,
-            error,
+            error: error.as_ref(),
             enforced: call.policy.mode == Mode::Enforce,
         });
-        Admission::Refuse(refusal)
+        Admission::Refuse(refusal, error)
     }
 
     /// The claim failed: it is taken back in the background, and the request refused.
-    fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: &StoreError) -> Admission {
+    fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: StoreError) -> Admission {
         if error.kind().is_transient() {
             self.take_back(claim);
         }
-        let kind = refusal_of(error);
+        let kind = refusal_of(&error);
         // A store that answers is not out: a record that cannot be read may be a completed one, and
         // a store that is full is full until somebody acts. To run everything without protection
         // meanwhile is what idem exists to prevent.
         let open =
             call.policy.store_outage == StoreOutage::Open && kind == RefusalKind::StoreUnavailable;
         if open {
-            self.tell(&call.operation, None, Outcome::Unprotected, Some(error));
+            self.tell(&call.operation, None, Outcome::Unprotected, Some(&error));
             return Admission::Unprotected;
         }
         self.refuse(call, Refusal::new(kind), Some(error))
@@ -609,7 +610,7 @@ struct Leased {
 pub(crate) enum End {
     /// This is its answer, kept for this time if it is not the policy's.
     Complete(Bytes, Option<Ttl>),
-    /// It was done, and its answer cannot be kept; the payload has no body.
+    /// It was done, and its answer cannot be kept; the payload says no more than that.
     Tombstone(Bytes, Option<Ttl>),
     /// Nobody knows whether its effect happened.
     Release,
@@ -622,7 +623,7 @@ pub(crate) enum Ended {
     /// Its own response.
     Own,
     /// What another attempt recorded.
-    Theirs(RecordedResponse, OperationId),
+    Theirs(Answer, OperationId),
     /// That another attempt took over.
     Lost,
     /// Its own response, although its record is gone: nobody else has an answer, and to send the
@@ -708,8 +709,8 @@ impl Leased {
                 let whole = self.completion(Flags::NONE, payload, ttl);
                 match shared.persist(time_is_over, || shared.store.complete(&whole)).await {
                     Err(error) if error.kind() == StoreErrorKind::TooLarge => {
-                        let fact =
-                            self.completion(Flags::TOMBSTONE, without_body(&whole.payload), ttl);
+                        let payload = Answer::tombstone_of(&whole.payload);
+                        let fact = self.completion(Flags::TOMBSTONE, payload, ttl);
                         shared.persist(time_is_over, || shared.store.complete(&fact)).await
                     }
                     written => written,
@@ -753,8 +754,8 @@ fn theirs(record: &Record, fingerprint: &Fingerprint) -> Ended {
     let answered = record.state == State::Completed
         && record.fingerprint == *fingerprint
         && !record.flags.contains(Flags::TOMBSTONE);
-    match RecordedResponse::decode(&record.payload) {
-        Ok(response) if answered => Ended::Theirs(response, record.operation_id),
+    match Answer::decode(&record.payload) {
+        Ok(answer) if answered => Ended::Theirs(answer, record.operation_id),
         _ => Ended::Lost,
     }
 }
@@ -765,12 +766,6 @@ const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 /// An instant so much later, for durations up to "never".
 pub(crate) fn later(instant: Instant, by: Duration) -> Instant {
     instant.checked_add(by.min(FOR_EVER)).unwrap_or(instant)
-}
-
-/// A response's payload with nothing but its status.
-fn without_body(payload: &Bytes) -> Bytes {
-    let status = RecordedResponse::decode(payload).map_or(200, |response| response.status);
-    RecordedResponse::encode(status, &[], b"")
 }
 
 impl End {

@@ -10,11 +10,14 @@
 //!             bytes(query, unless only fields count) { list(values of a header) } bytes(content)
 //! ```
 
+mod arguments;
+
 use std::borrow::Cow;
 
 use http::HeaderMap;
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
+pub(crate) use self::arguments::{CallSubject, Incomparable, is_of_function};
 use crate::{
     anchor::{is_field_path, is_header_name},
     json::{self, JsonError},

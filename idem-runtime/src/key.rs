@@ -14,6 +14,7 @@
 //! bytes(x)  = length: u64 big endian, then the bytes
 //! space     = ["operation", method, "route", route with erased names, parameter, …]
 //!           | ["operation", method, "path", decoded segment, …]
+//!           | ["function", path of the module and name]
 //!           | ["space", name]
 //!           | ["layer", and what stands there for the operation …]
 //! ```
@@ -463,6 +464,7 @@ pub(crate) enum Space<'a> {
     /// A layer's operations are apart from those of the handlers behind it: both may have a claim
     /// on one request.
     Layer(&'a Endpoint),
+    Function(&'a str),
     Named(&'a str),
 }
 
@@ -476,12 +478,8 @@ fn preimage(space: Space<'_>, scope: &Values, values: &Values) -> Vec<u8> {
             parts.extend(&endpoint.parts);
             parts.write_to(&mut bytes);
         }
-        Space::Named(name) => {
-            let mut parts = Values::new();
-            parts.push("space");
-            parts.push(name);
-            parts.write_to(&mut bytes);
-        }
+        Space::Function(path) => Values::from_iter(["function", path]).write_to(&mut bytes),
+        Space::Named(name) => Values::from_iter(["space", name]).write_to(&mut bytes),
     }
     scope.write_to(&mut bytes);
     values.write_to(&mut bytes);
@@ -576,6 +574,10 @@ mod tests {
         assert_eq!(
             hex(Digester::keyed(b"secret").key(Space::Named("api"), &scope, &anchor)),
             "83667bf3e64184945dc539c93d42966e91b5610d10a7fd6c51dacac909703b65",
+        );
+        assert_eq!(
+            hex(Digester::Plain.key(Space::Function("a::f"), &scope, &anchor)),
+            "6657ac4fc917c9b4621b8857cf931996dbf3af769947fcca03703af660f6fa81",
         );
     }
 

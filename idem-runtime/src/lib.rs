@@ -1,4 +1,4 @@
-//! idem makes axum handlers safe to retry.
+//! idem makes axum handlers safe to retry, and plain functions safe to call again.
 //!
 //! A client that sees a timeout cannot know whether its request ran. With an *idempotency key* it
 //! need not: the first request with a key runs and its answer is recorded, a retry gets the
@@ -16,7 +16,7 @@
 //! | [anchor](Anchor) | where in a request the idempotency key comes from |
 //! | [scope](Scope) | whose key it is |
 //! | space | within what a key is unique: the operation, or a name that several handlers share |
-//! | operation | method, matched route and decoded parameter values |
+//! | operation | method, matched route and decoded parameter values; of a plain function, its path |
 //! | [fingerprint](FingerprintScheme) | what makes two requests the same request |
 //! | claim | the right to run the handler for a key, held under a lease and named by a fencing token |
 //! | [record](Record) | what the store holds for a key: issued, running, released or completed |
@@ -47,6 +47,7 @@ mod decision;
 mod detach;
 mod engine;
 mod fingerprint;
+mod function;
 mod hooks;
 mod http;
 mod issue;
@@ -82,17 +83,19 @@ pub use builder::{Builder, IGNORED, OPERATION, REPLAYED, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
 pub use engine::Idempotency;
 pub use fingerprint::FingerprintScheme;
+pub use function::CallError;
 pub use hooks::{Denied, Recovered, ReplayShape, RequestContext, Settle};
 pub use issue::{IssueError, Issued, IssuedError};
 pub use key::{
     InvalidOperationId, Key, KeyName, KeyNameError, OperationId, ScopeDigest, Token, Values,
 };
-pub use look_up::{Answer, Became, Found, LookUp, LookUpError};
+pub use look_up::{Became, Found, LookUp, LookUpError};
 pub use observer::{Event, Observer, Outcome, Tracing};
 pub use operation::{DerivedKey, Operation, StepError};
 pub use policy::{InFlight, Mode, Policy, Recording, StoreOutage};
 pub use record::{
-    CorruptPayload, FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse, State, Ttl,
+    Answer, CorruptPayload, FORMAT, Fingerprint, Flags, Progress, Record, RecordedResponse,
+    RecordedValue, State, Ttl,
 };
 pub use refusal::{ProblemDocuments, Refusal, RefusalKind, Refusals};
 #[cfg(feature = "seal")]

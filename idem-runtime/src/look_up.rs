@@ -9,7 +9,7 @@ use crate::{
     decision::Seen,
     engine::{Idempotency, Shared},
     key::{KeyName, KeyNameError, OperationId, ScopeDigest, Values},
-    record::{Record, RecordedResponse},
+    record::{Answer, Record},
     store::{Manage, StoreError, StoreErrorKind},
 };
 
@@ -196,25 +196,15 @@ pub enum Became {
     Completed(Answer),
     /// It is done, and its answer could not be kept.
     Tombstone {
-        /// The answer's HTTP status.
-        status: u16,
+        /// The answer's HTTP status; `None` where it was a plain function's.
+        status: Option<u16>,
     },
-}
-
-/// A recorded answer. Of a handler's, an axum response can be made (`into_response`): status,
-/// headers and body as they were recorded, and `Idempotent-Replayed: true`. What a handler does to
-/// its replays (`replay = …`) is not done to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Answer {
-    /// That of an HTTP handler.
-    Response(RecordedResponse),
 }
 
 /// What became of a record's request: the one place in which payloads are read for people.
 pub(crate) fn found(record: Record) -> Result<Found, StoreError> {
-    let response = || {
-        RecordedResponse::decode(&record.payload)
+    let answer = || {
+        Answer::decode(&record.payload)
             .map_err(|corrupt| StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt))
     };
     let became = match record.seen() {
@@ -225,10 +215,13 @@ pub(crate) fn found(record: Record) -> Result<Found, StoreError> {
         Seen::Issued { .. } => Became::Issued,
         Seen::Running { leased: true, .. } => Became::Running,
         Seen::Released { .. } | Seen::Running { .. } => Became::UnknownOutcome,
-        Seen::Completed { tombstone: false, .. } => {
-            Became::Completed(Answer::Response(response()?))
-        }
-        Seen::Completed { tombstone: true, .. } => Became::Tombstone { status: response()?.status },
+        Seen::Completed { tombstone: false, .. } => Became::Completed(answer()?),
+        Seen::Completed { tombstone: true, .. } => Became::Tombstone {
+            status: match answer()? {
+                Answer::Response(response) => Some(response.status),
+                Answer::Value(_) => None,
+            },
+        },
         // No record was seen.
         Seen::Nothing => Became::Expired,
     };

@@ -24,7 +24,7 @@ impl<F: Fn(&Event<'_>) + Send + Sync + 'static> Observer for F {
 pub struct Event<'a> {
     /// What.
     pub outcome: Outcome,
-    /// Method and route, without the values of parameters.
+    /// Method and route, without the values of parameters; of a plain function, `fn` and its path.
     pub operation: &'a str,
     /// Which operation, once it is known.
     pub operation_id: Option<OperationId>,

@@ -1,4 +1,4 @@
-//! The record: what a store holds for a key, and the response inside it.
+//! The record: what a store holds for a key, and the response or value inside it.
 //!
 //! Both are formats. A process of the next release reads what this one wrote, and the other way
 //! round while the two run side by side; what is newer or damaged is refused, never replayed and
@@ -118,7 +118,7 @@ pub struct Record {
     pub key: Key,
     /// Whose it is.
     pub scope: ScopeDigest,
-    /// Method and route in plain text, for people.
+    /// Method and route, or `fn` and the path of a plain function, in plain text, for people.
     pub operation: Arc<str>,
     /// The identity of the logical operation, through all its attempts.
     pub operation_id: OperationId,
@@ -142,7 +142,7 @@ pub struct Record {
     pub format: u16,
     /// One-bit facts.
     pub flags: Flags,
-    /// A completed record's response. Until then, what was issued with the key or what the last
+    /// A completed record's response or value. Until then, what was issued with the key or what the last
     /// checkpoint wrote; otherwise nothing.
     pub payload: Bytes,
 }
@@ -262,6 +262,84 @@ impl RecordedResponse {
             headers.push((take(&mut rest, name)?, take(&mut rest, value)?));
         }
         Ok(Self { status, headers, body: rest })
+    }
+}
+
+/// A recorded value: what a plain function returned.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RecordedValue {
+    /// The value as JSON; nothing in a tombstone.
+    pub json: Bytes,
+}
+
+/// The first byte of a payload that is a value.
+const VALUE: u8 = 4;
+
+impl RecordedValue {
+    /// Writes a value as a record's payload.
+    ///
+    /// ```text
+    /// 4: u8, then the value as JSON to the end
+    /// ```
+    pub fn encode(json: &[u8]) -> Bytes {
+        let mut out = BytesMut::with_capacity(1 + json.len());
+        out.put_u8(VALUE);
+        out.put_slice(json);
+        out.freeze()
+    }
+
+    /// Reads a record's payload back.
+    ///
+    /// # Errors
+    ///
+    /// [`CorruptPayload`] when the payload is not what [`encode`](Self::encode) writes.
+    pub fn decode(payload: &Bytes) -> Result<Self, CorruptPayload> {
+        let mut rest = payload.clone();
+        match take_array(&mut rest)? {
+            [VALUE] => Ok(Self { json: rest }),
+            _ => Err(CorruptPayload::of(payload)),
+        }
+    }
+}
+
+/// A value is somebody's data: only its size is shown.
+impl fmt::Debug for RecordedValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecordedValue").field("json_bytes", &self.json.len()).finish()
+    }
+}
+
+/// What a completed record carries. Of a handler's answer, an axum response can be made
+/// (`into_response`): status, headers and body as they were recorded, and `Idempotent-Replayed:
+/// true`; of a function's, its JSON. What a handler does to its replays (`replay = …`) is not done
+/// to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Answer {
+    /// That of an HTTP handler.
+    Response(RecordedResponse),
+    /// The value that a plain function returned.
+    Value(RecordedValue),
+}
+
+impl Answer {
+    /// Reads the payload of a completed record.
+    pub(crate) fn decode(payload: &Bytes) -> Result<Self, CorruptPayload> {
+        match payload.first() {
+            Some(&VALUE) => RecordedValue::decode(payload).map(Self::Value),
+            _ => RecordedResponse::decode(payload).map(Self::Response),
+        }
+    }
+
+    /// The payload that is left where the answer is too large to keep: that there was one.
+    pub(crate) fn tombstone_of(payload: &Bytes) -> Bytes {
+        match Self::decode(payload) {
+            Ok(Self::Value(_)) => RecordedValue::encode(b""),
+            Ok(Self::Response(RecordedResponse { status, .. })) => {
+                RecordedResponse::encode(status, &[], b"")
+            }
+            Err(_) => RecordedResponse::encode(200, &[], b""),
+        }
     }
 }
 
@@ -442,12 +520,33 @@ mod tests {
     }
 
     #[test]
+    fn a_value_and_a_response_are_told_apart() {
+        let value = RecordedValue::encode(br#"{"a":1}"#);
+        assert_eq!(RecordedValue::decode(&value).unwrap().json, &br#"{"a":1}"#[..]);
+        assert!(matches!(Answer::decode(&value), Ok(Answer::Value(_))));
+        assert!(matches!(Answer::decode(&sample()), Ok(Answer::Response(_))));
+        assert!(RecordedResponse::decode(&value).is_err());
+        assert!(RecordedValue::decode(&sample()).is_err());
+        assert!(RecordedValue::decode(&Bytes::new()).is_err());
+        assert!(Progress::decode(&value).is_err());
+    }
+
+    #[test]
+    fn a_tombstone_keeps_what_kind_of_answer_there_was() {
+        let of_value = Answer::tombstone_of(&RecordedValue::encode(b"[1,2]"));
+        assert_eq!(of_value, RecordedValue::encode(b""));
+        let of_response = Answer::tombstone_of(&sample());
+        assert_eq!(of_response, RecordedResponse::encode(201, &[], b""));
+    }
+
+    #[test]
     fn arbitrary_bytes_never_panic() {
         for _ in 0..20_000 {
             let bytes: Vec<u8> =
                 (0..rand::random::<u8>() % 40).map(|_| rand::random::<u8>() % 4).collect();
             let bytes = Bytes::from(bytes);
-            let _ = RecordedResponse::decode(&bytes);
+            let _ = Answer::decode(&bytes);
+            let _ = Answer::tombstone_of(&bytes);
             let _ = Progress::decode(&bytes);
         }
     }

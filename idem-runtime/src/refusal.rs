@@ -18,7 +18,8 @@ pub enum RefusalKind {
     KeyMissing,
     /// The key cannot be one.
     KeyMalformed,
-    /// The body cannot be fingerprinted: an object has one name twice, or it broke off.
+    /// The body, or an argument of a function, cannot be fingerprinted: an object has one name twice,
+    /// or it broke off, or it cannot be written as JSON.
     BodyMalformed,
     /// The request does not say whose it is.
     ScopeMissing,
@@ -48,7 +49,7 @@ pub enum RefusalKind {
     Busy,
     /// The server is shutting down while the request waits for the answer of a running one.
     ShuttingDown,
-    /// The handler panicked. Not a refusal, but told in the same shape.
+    /// The handler, or the function, panicked. Not a refusal, but told in the same shape.
     HandlerPanicked,
     /// The handler's transaction could not be committed, so nothing was done; or the engine's store
     /// has none for it, so nothing ran.
@@ -167,7 +168,7 @@ impl RefusalKind {
     }
 
     /// How long a client should wait before it repeats the request, where that helps.
-    const fn retry_after(self) -> Option<Duration> {
+    pub(crate) const fn retry_after(self) -> Option<Duration> {
         match self {
             Self::InFlight | Self::LeaseLost | Self::ShuttingDown | Self::CommitUnknown => {
                 Some(Duration::from_secs(1))

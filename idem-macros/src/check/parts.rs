@@ -15,24 +15,48 @@ struct Role {
     words: &'static [&'static str],
     expected: &'static str,
     example: &'static str,
+    /// A name that a header could have.
+    name: &'static str,
 }
 
 const ANCHOR: Role = Role {
     option: "anchor",
     words: &["header", "body_field", "path", "query", "arg"],
     expected: "expected `header(..)`, `body_field(..)`, `path(..)`, `query(..)`, `arg(..)`, a tuple of these, or the path of a constant",
-    example: "Idempotency-Key",
+    example: "header(\"Idempotency-Key\")",
+    name: "Idempotency-Key",
 };
 
 const SCOPE: Role = Role {
     option: "scope",
     words: &["global", "header", "path", "query", "body_field", "arg"],
     expected: "expected `global`, `header(..)`, `path(..)`, `query(..)`, `body_field(..)`, `arg(..)`, a tuple of these, or the path of a constant",
-    example: "X-Tenant",
+    example: "header(\"X-Tenant\")",
+    name: "X-Tenant",
 };
+
+const FUNCTION_ANCHOR: Role =
+    Role { words: &["arg"], expected: "expected `arg(..)`", example: "arg(event_id)", ..ANCHOR };
+
+const FUNCTION_SCOPE: Role = Role {
+    words: &["global", "arg"],
+    expected: "expected `global` or `arg(..)`",
+    example: "arg(tenant)",
+    ..SCOPE
+};
+
+/// What values are taken from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// A request, and the arguments of its handler.
+    Request,
+    /// The arguments of a plain function.
+    Arguments,
+}
 
 /// Reads the options that name parts of a request.
 pub(super) struct Parts<'a> {
+    pub(super) asked: Asked,
     /// The words by which fields of the body are named.
     pub(super) fields: &'a mut Vec<Ident>,
     pub(super) errors: &'a mut Errors,
@@ -42,7 +66,10 @@ impl Parts<'_> {
     /// The parts of an anchor or a scope, in order, tuples flattened. Empty
     /// only if that is, or was caused by, a mistake.
     pub(super) fn anchor(&mut self, term: &Term) -> Vec<Part> {
-        self.of(&ANCHOR, term)
+        match self.asked {
+            Asked::Request => self.of(&ANCHOR, term),
+            Asked::Arguments => self.of(&FUNCTION_ANCHOR, term),
+        }
     }
 
     fn of(&mut self, role: &Role, term: &Term) -> Vec<Part> {
@@ -55,9 +82,8 @@ impl Parts<'_> {
         match term {
             Term::Tuple(_, terms) if terms.is_empty() => {
                 let Role { option, example, .. } = role;
-                let message = format!(
-                    "`{option}` needs at least one part, as in `{option} = header({example:?})`"
-                );
+                let message =
+                    format!("`{option}` needs at least one part, as in `{option} = {example}`");
                 self.errors.at(term, message);
             }
             Term::Tuple(_, terms) => {
@@ -92,10 +118,13 @@ impl Parts<'_> {
     }
 
     fn part(&mut self, role: &Role, term: &Term) -> Result<Part> {
+        if self.asked == Asked::Arguments {
+            refuse_requests(role, term)?;
+        }
         if let Some(path) = value::constant(term) {
             return Ok(Part::Constant(path));
         }
-        let Role { option, words, expected, example } = role;
+        let Role { option, words, expected, example, .. } = role;
         match term {
             Term::Call(call) => self.request_part(role, call),
             Term::Word(word) if word == "global" && words.contains(&"global") => error(
@@ -116,7 +145,7 @@ impl Parts<'_> {
             _ => error(
                 term,
                 format!(
-                    "`{option}` says where a value comes from, as in `{option} = header({example:?})`: {expected}"
+                    "`{option}` says where a value comes from, as in `{option} = {example}`: {expected}"
                 ),
             ),
         }
@@ -126,7 +155,7 @@ impl Parts<'_> {
         let word = &call.word;
         let (name, part): (_, fn(LitStr) -> Part) = match &*word.to_string() {
             "header" => {
-                let name = value::one_string(call, role.example)?;
+                let name = value::one_string(call, role.name)?;
                 value::header_name(name)?;
                 (name, Part::Header)
             }
@@ -159,7 +188,10 @@ impl Parts<'_> {
     pub(super) fn scope(&mut self, term: &Term) -> Scope {
         match term {
             Term::Word(word) if word == "global" => Scope::Global,
-            _ => Scope::Parts(self.of(&SCOPE, term)),
+            _ => Scope::Parts(match self.asked {
+                Asked::Request => self.of(&SCOPE, term),
+                Asked::Arguments => self.of(&FUNCTION_SCOPE, term),
+            }),
         }
     }
 
@@ -243,6 +275,30 @@ impl Parts<'_> {
             }
         }
         Ok(paths)
+    }
+}
+
+/// A plain function has no request.
+fn refuse_requests(role: &Role, term: &Term) -> Result<()> {
+    let Role { option, example, .. } = role;
+    match term {
+        _ if value::constant(term).is_some() => error(
+            term,
+            format!(
+                "a constant says what to read in a request, and a plain function has none: write `{option} = {example}`, and what else the constant says beside it"
+            ),
+        ),
+        Term::Call(Call { word, .. })
+            if ["header", "body_field", "path", "query"].iter().any(|known| word == known) =>
+        {
+            error(
+                word,
+                format!(
+                    "`{word}(..)` reads a request, and a plain function has none: take the value as an argument, as in `{option} = {example}`"
+                ),
+            )
+        }
+        _ => Ok(()),
     }
 }
 

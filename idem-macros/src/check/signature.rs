@@ -11,22 +11,20 @@ use syn::{
 use crate::errors::Errors;
 use crate::handler::{self, Handler, Kind};
 
-/// A function that axum could call and the engine can wrap.
+/// A function that the engine can wrap, and axum or other code call.
 pub(crate) struct Checked {
     pub(crate) attributes: Vec<Attribute>,
     pub(crate) visibility: Visibility,
     /// Without its arguments and its return type.
     pub(crate) signature: Signature,
-    /// All arguments but the last.
-    pub(crate) earlier: Vec<Extractor>,
-    pub(crate) last: Option<Extractor>,
+    pub(crate) arguments: Vec<Argument>,
     pub(crate) returns: Returns,
     pub(crate) body: TokenTree,
     pub(crate) undecorated: TokenStream,
 }
 
-/// One argument.
-pub(crate) struct Extractor {
+/// One argument, of a handler an extractor.
+pub(crate) struct Argument {
     /// Lint levels; nothing else may stand on an argument.
     pub(crate) attributes: Vec<Attribute>,
     pub(crate) pattern: Pat,
@@ -67,14 +65,7 @@ const LEAVES_THE_BODY: [&str; 14] = [
 pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
     let Handler { attributes, visibility, mut signature, body, undecorated } = handler;
 
-    for attribute in &attributes {
-        if handler::kind(attribute.path()) == Kind::Idempotent {
-            errors.at(
-                attribute,
-                "`#[idempotent]` given twice: a handler has one policy, leave out one of them",
-            );
-        }
-    }
+    once(&attributes, errors);
     qualifiers(&signature, errors);
     for parameter in &signature.generics.params {
         if let GenericParam::Lifetime(lifetime) = parameter {
@@ -87,29 +78,43 @@ pub(crate) fn check(handler: Handler, errors: &mut Errors) -> Checked {
         errors.at(seventeenth, format!("axum handlers take at most {MOST_ARGUMENTS} extractors: gather some of them in a struct with `#[derive(FromRequestParts)]`"));
     }
     let count = inputs.len();
-    let mut earlier = Vec::with_capacity(count);
+    let mut arguments = Vec::with_capacity(count);
     for (index, input) in inputs.into_iter().enumerate() {
         match input {
             FnArg::Receiver(receiver) => errors.at(
                 receiver.self_token,
-                "`#[idempotent]` handlers cannot take `self`: axum calls them with extractors only; take `State<_>` instead",
+                "`#[idempotent]` handlers cannot take `self`: axum calls them with extractors only; take `State<_>` instead, or say where the engine of a plain function is, as in `engine = arg(self.idem)`",
             ),
             FnArg::Typed(argument) => {
-                earlier.push(extractor(argument, index + 1 == count, errors));
+                arguments.push(extractor(argument, index + 1 == count, errors));
             }
         }
     }
-    let last = earlier.pop();
+    let returns = returns(&mut signature);
+    Checked { attributes, visibility, signature, arguments, returns, body, undecorated }
+}
 
-    let returns = match std::mem::replace(&mut signature.output, ReturnType::Default) {
+pub(super) fn once(attributes: &[Attribute], errors: &mut Errors) {
+    for attribute in attributes {
+        if handler::kind(attribute.path()) == Kind::Idempotent {
+            errors.at(
+                attribute,
+                "`#[idempotent]` given twice: a function has one policy, leave out one of them",
+            );
+        }
+    }
+}
+
+/// Takes the return type out of the signature.
+pub(super) fn returns(signature: &mut Signature) -> Returns {
+    match std::mem::replace(&mut signature.output, ReturnType::Default) {
         // Where it would stand.
         ReturnType::Default => {
             Returns::Named(syn::parse_quote_spanned!(signature.paren_token.span.close()=> ()))
         }
         ReturnType::Type(_, ty) if says_impl(&ty) => Returns::Opaque(*ty),
         ReturnType::Type(_, ty) => Returns::Named(*ty),
-    };
-    Checked { attributes, visibility, signature, earlier, last, returns, body, undecorated }
+    }
 }
 
 fn qualifiers(signature: &Signature, errors: &mut Errors) {
@@ -125,30 +130,39 @@ fn qualifiers(signature: &Signature, errors: &mut Errors) {
     }
 }
 
-fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Extractor {
-    let PatType { attrs: attributes, pat, ty, .. } = argument;
-    for attribute in attributes.iter().filter(|attribute| !handler::sets_lint_level(attribute)) {
-        errors.at(
-            attribute,
-            "attributes on an argument get lost when it is wrapped: only lint levels, such as `#[allow(..)]`, may stand here",
-        );
+impl Argument {
+    pub(super) fn of(argument: PatType, errors: &mut Errors) -> Self {
+        let PatType { attrs: attributes, pat, ty, .. } = argument;
+        for attribute in attributes.iter().filter(|attribute| !handler::sets_lint_level(attribute))
+        {
+            errors.at(
+                attribute,
+                "attributes on an argument get lost when it is wrapped: only lint levels, such as `#[allow(..)]`, may stand here",
+            );
+        }
+        Self { attributes, pattern: *pat, ty: *ty }
     }
-    TypeOfArgument { errors }.visit_type(&ty);
+}
 
-    if let Some(name) = handler::hint(&ty) {
+fn extractor(argument: PatType, is_last: bool, errors: &mut Errors) -> Argument {
+    let argument = Argument::of(argument, errors);
+    let ty = &argument.ty;
+    TypeOfArgument { errors }.visit_type(ty);
+
+    if let Some(name) = handler::hint(ty) {
         if name == "WebSocketUpgrade" {
             errors.at(
-                &ty,
+                ty,
                 "a WebSocket upgrade cannot be recorded and replayed: leave out `#[idempotent]`",
             );
         } else if !is_last && one_of(&TAKES_THE_BODY, name) {
             errors.at(
-                &ty,
+                ty,
                 format!("`{name}` consumes the request body and must be the last argument"),
             );
         }
     }
-    Extractor { attributes, pattern: *pat, ty: *ty }
+    argument
 }
 
 /// Reports what keeps a type from being named, owned and `'static`.
@@ -196,6 +210,15 @@ fn one_of(names: &[&str], ident: &Ident) -> bool {
 }
 
 impl Checked {
+    pub(crate) fn last(&self) -> Option<&Argument> {
+        self.arguments.last()
+    }
+
+    /// All arguments but the last.
+    pub(crate) fn earlier(&self) -> &[Argument] {
+        self.arguments.split_last().map_or(&[], |(_, earlier)| earlier)
+    }
+
     /// Complains if a field of the body is named and there is no body.
     ///
     /// A hint by well-known names: an extractor that is not known passes, and
@@ -203,7 +226,7 @@ impl Checked {
     pub(crate) fn has_fields(&self, word: impl ToTokens, errors: &mut Errors) {
         let shown = word.to_token_stream().to_string();
         let needs = format!("`{shown}(..)` needs a handler that takes the body");
-        let Some(last) = &self.last else {
+        let Some(last) = self.last() else {
             errors.at(word, format!("{needs}: this one takes no arguments"));
             return;
         };
@@ -230,7 +253,7 @@ impl Checked {
         match handler::kind(attribute.path()) {
             Kind::Macro => true,
             // Without arguments it would find a call with one too few.
-            Kind::DebugHandler => self.last.is_some(),
+            Kind::DebugHandler => self.last().is_some(),
             Kind::Inert | Kind::Idempotent => false,
         }
     }

@@ -104,6 +104,91 @@ fn debug_handler_stays_below_where_it_would_count_no_arguments() {
     assert!(second.contains("debug_handler"), "{second}");
 }
 
+const PLAIN: &str = "
+    /// Delivers an event.
+    pub(crate) async fn deliver(idem: &Idempotency, event: Uuid, (url, mut body): (Url, Body)) -> Result<Delivered, Failed> {
+        body.send(url).await
+    }
+";
+
+#[test]
+fn a_plain_function() {
+    assert_expands("plain", expand(r#"anchor = arg(event), ttl = "7d""#, PLAIN));
+}
+
+const PLAIN_EVERYTHING: &str = r#"
+    anchor = (arg(event), arg(job.phase as u8)),
+    ttl = forever,
+    scope = arg(job.tenant),
+    space = Self::SPACE,
+    fingerprint = arg(job.amount, &job.to),
+    in_flight = wait("5s"),
+    on_unknown = refuse,
+    lease = LEASE,
+    mode = observe,
+    store_outage = open,
+    engine = arg(self.idem),
+    operation = op,
+    nothing_happened = Failed::is_refusal,
+    crate = foo::bar,
+"#;
+
+#[test]
+fn a_plain_function_that_says_everything() {
+    let item = "async fn run<T>(self: Arc<Self>, #[allow(unused_mut)] mut job: Job<T>, _: Permit, r#type: &'static str) -> Result<u64, Failed> where T: Clone { op.id(); Ok(1) }";
+    assert_expands("plain_everything", expand(PLAIN_EVERYTHING, item));
+}
+
+#[test]
+fn other_macros_see_the_plain_function_as_it_was_written() {
+    let item = format!("#[instrument] {PLAIN}");
+    let first = expand("anchor = arg(event)", &item).to_string();
+    assert!(first.contains("idempotent (@ anchor"), "{first}");
+    assert!(first.contains("body . send (url) . await"), "{first}");
+    assert!(!first.contains("FunctionCall"), "{first}");
+}
+
+#[test]
+fn every_option_of_a_plain_function_is_known() {
+    for said in [
+        "ttl = TTL",
+        r#"lease = "30s""#,
+        "scope = global",
+        "scope = arg(event)",
+        "scope = (arg(event), arg(1))",
+        r#"space = "s""#,
+        "format = uuid",
+        "fingerprint = none",
+        "fingerprint = arg(body, url)",
+        "in_flight = wait(a::PATIENCE)",
+        "on_unknown = rerun",
+        "mode = off",
+        "store_outage = open",
+        "operation = op",
+        "nothing_happened = <F as Failure>::is_refusal",
+        "crate = ::a::b",
+    ] {
+        let args = format!("anchor = arg(event), {said}");
+        assert_eq!(super::mistakes(&args, PLAIN), [], "{said}");
+    }
+    for item in [
+        "async fn f(event: u8, idem: &Idempotency, s: &'static str) -> R { x }",
+        "async fn f(event: u8, idem: &idem::Idempotency) -> R { x }",
+        "async fn f(event: u8, idem: &Ours, f: fn(&str) -> &str) -> R { x }",
+        "async fn f(idem: &'static Idempotency, event: impl Clone + Send + 'static) -> R { x }",
+    ] {
+        assert_eq!(super::mistakes("anchor = arg(event)", item), [], "{item}");
+    }
+    for item in [
+        "async fn f(self: Arc<Self>, event: u8) -> R { x }",
+        "async fn f(self, event: u8) -> R { x }",
+        "async fn f(ctx: Ctx, event: u8) -> R { x }",
+    ] {
+        let args = r#"anchor = arg(event), space = "s", engine = arg(ctx.idem())"#;
+        assert_eq!(super::mistakes(args, item), [], "{item}");
+    }
+}
+
 #[test]
 fn an_unknown_attribute_that_is_no_macro_is_moved_once() {
     let args = r#"anchor = header("x")"#;
@@ -203,6 +288,15 @@ fn another_crate_path_replaces_ours_everywhere() {
             assert!(!expansion.contains("idem_runtime"), "{expansion}");
             assert!(!expansion.contains("compile_error"), "{expansion}");
         }
+    }
+    for args in [PLAIN_EVERYTHING, "crate = foo::bar, anchor = arg(event)"] {
+        let args = args.replace("self.idem", "event");
+        let item = PLAIN.replace("idem: &", "idem: &'static ");
+        let item =
+            if args.contains("engine") { item.replace("idem: &'static ", "i: ") } else { item };
+        let expansion = expand(&args, &item).to_string();
+        assert!(!expansion.contains("idem_runtime"), "{expansion}");
+        assert!(!expansion.contains("compile_error"), "{expansion}");
     }
     let derived = derive::anchor_value(tokens("#[anchor(crate = foo)] struct A<T>(T);"));
     assert!(!derived.to_string().contains("idem_runtime"), "{derived}");
@@ -315,6 +409,11 @@ fn every_option_is_known() {
 fn the_example_of_each_option_is_right() {
     for (option, example) in OPTIONS {
         assert!(example.starts_with(option), "{example}");
+        if ["operation", "nothing_happened"].contains(&option) {
+            let args = format!("anchor = arg(event), {example}");
+            assert_eq!(super::mistakes(&args, PLAIN), [], "{example}");
+            continue;
+        }
         let args = if option == "anchor" { example } else { &format!("anchor = KEY, {example}") };
         assert_eq!(super::mistakes(args, "async fn f(b: Json<B>) {}"), [], "{example}");
     }

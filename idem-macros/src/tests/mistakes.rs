@@ -519,6 +519,129 @@ fn handlers_are_what_axum_calls() {
     }
 }
 
+const FUNCTION: &str = "async fn f(idem: &Idempotency, event: u64) -> Result<u8, E> { Ok(1) }";
+
+#[test]
+fn a_plain_function_has_no_request() {
+    let option = |said: &str, underlined: &str, message: &str| {
+        assert_one(&format!("anchor = arg(event), {said}"), FUNCTION, underlined, message);
+    };
+    let anchor = |value: &str, underlined: &str, message: &str| {
+        assert_one(&format!("anchor = {value}"), FUNCTION, underlined, message);
+    };
+    let missing = &mistakes("", FUNCTION)[0].1;
+    assert!(missing.ends_with("as in `anchor = arg(event_id)`"), "{missing}");
+    for word in ["header", "body_field", "path", "query"] {
+        anchor(
+            &format!("(arg(event), {word}(\"a\"))"),
+            word,
+            &format!("`{word}(..)` reads a request, and a plain function has none"),
+        );
+        option(&format!("scope = {word}(\"a\")"), word, "as in `scope = arg(tenant)`");
+    }
+    anchor("KEY", "KEY", "a constant says what to read in a request");
+    anchor("keys::KEY", "keys::KEY", "write `anchor = arg(event_id)`");
+    option("scope = TENANT", "TENANT", "write `scope = arg(tenant)`");
+    anchor("heder(\"x\")", "heder", "unknown anchor `heder(..)`: expected `arg(..)`");
+    anchor("arg()", "arg", "`arg(..)` takes expressions");
+    option("scope = globl", "globl", "did you mean `global`?");
+    option("scope = tenant", "tenant", "expected `global` or `arg(..)`");
+    for (said, key) in [
+        ("optional", "optional"),
+        ("record = all", "record"),
+        ("admit = f", "admit"),
+        ("replay = f", "replay"),
+        ("replay(status = 200)", "replay"),
+        ("issued", "issued"),
+        ("refusals = R", "refusals"),
+        ("state = S", "state"),
+        ("engine = extension", "engine"),
+        ("engine = stat", "engine"),
+    ] {
+        option(said, key, "plain function");
+    }
+    option("on_unknown = recover = f", "recover = f", "`recover` asks about a request");
+    option("on_unknown = rerunn", "rerunn", "did you mean `rerun`?");
+    for value in ["json", "request", "body_field(\"a\")", "(none, header(\"a\"))", "FP"] {
+        option(&format!("fingerprint = {value}"), value, "has no request to compare");
+    }
+    option("fingerprint = arg()", "arg", "`arg(..)` takes expressions");
+    option("fingerprint = arg(event, event)", "event", "the same argument twice");
+    option("operation = \"op\"", "\"op\"", "as in `operation = op`");
+    option("operation = a::op", "a::op", "as in `operation = op`");
+    option("nothing_happened = |e| true", "|e| true", "`nothing_happened` takes no closure");
+    option("nothing_happened = \"f\"", "\"f\"", "takes the path of a function: `fn(&E) -> bool`");
+    assert_one(
+        "anchor = arg(event, 1), format = uuid",
+        FUNCTION,
+        "format",
+        "check the others in the function's body",
+    );
+    option("operation = a, operation = b", "operation", "option `operation` given twice");
+    option("transaction", "transaction", "not yet supported");
+}
+
+#[test]
+fn a_plain_function_borrows_nothing_but_its_engine() {
+    let args = "anchor = arg(event)";
+    let function = |item: &str, underlined: &str, message: &str| {
+        assert_one(args, item, underlined, message);
+    };
+    function("async fn f(i: &I, event: &str) -> R {}", "&str", "may finish after its caller");
+    function("async fn f(i: &I, event: Vec<&str>) -> R {}", "&str", "take `String` for `&str`");
+    function("async fn f(i: &I, event: Cow<'_, str>) -> R {}", "'_", "may finish after its caller");
+    function("async fn f<'a>(i: &'a I, event: u8) -> R {}", "'a", "may finish after its caller");
+    function("async fn f(i: &mut I, event: u8) -> R {}", "mut", "take `&Idempotency`");
+    function("fn f(i: &I, event: u8) -> R {}", "fn", "functions must be `async fn`");
+    function("async unsafe fn f(i: &I, event: u8) -> R {}", "unsafe", "inside the function");
+    function("async extern \"C\" fn f(i: &I, event: u8) -> R {}", "extern \"C\"", "leave out");
+    function("async fn f(i: &I, #[x] event: u8) -> R {}", "#[x]", "only lint levels");
+    function("async fn f(i: &I, event: u8) -> impl Any {}", "impl Any", "say which it is");
+    function("#[idempotent(x)] async fn f(i: &I, event: u8) -> R {}", "#[idempotent(x)]", "twice");
+    for body in ["Self::g()", "a(|| <Self as B>::c())"] {
+        let item = format!("async fn f(i: &I, event: u8) -> R {{ {body} }}");
+        function(&item, "f", "a method needs `space = \"...\"`");
+    }
+
+    let args = "anchor = arg(event), space = S, engine = arg(self.idem)";
+    let method = |item: &str, underlined: &str, message: &str| {
+        assert_one(args, item, underlined, message);
+    };
+    method("async fn f(&self, event: u8) -> R {}", "&self", "take `self: Arc<Self>`");
+    method("async fn f(&mut self, event: u8) -> R {}", "&mut self", "take `self: Arc<Self>`");
+    method("async fn f(self: &Arc<Self>, event: u8) -> R {}", "self: &Arc<Self>", "take `self:");
+    method("async fn f(self, i: &Idempotency) -> R {}", "&Idempotency", "is said twice");
+    method("async fn f(self, text: &str) -> R {}", "&str", "may finish after its caller");
+    assert_one(
+        "anchor = arg(a), engine = arg(a, b)",
+        "async fn f(a: A, b: B) -> R {}",
+        "arg",
+        "one engine is needed",
+    );
+    assert_one(
+        "anchor = arg(a), engine = arg(self.idem)",
+        "async fn f(self, a: A) -> R {}",
+        "f",
+        "another type may have a `f` too",
+    );
+}
+
+#[test]
+fn what_is_a_plain_function_is_told_by_its_signature() {
+    let handlers = "handlers take owned extractors, not references";
+    assert_handler("async fn f(event: &str) {}", "&str", handlers);
+    assert_one("anchor = header(\"a\")", "async fn f(b: &str) {}", "&str", handlers);
+    assert_one("anchor = arg(event)", "async fn f(event: Json<&str>) {}", "&str", handlers);
+    // A reference that is called as the engine is: the anchor is what is wrong.
+    assert_one("anchor = KEY", FUNCTION, "KEY", "a plain function has none");
+    assert_option(
+        "anchor = KEY, operation = op",
+        "operation",
+        "a handler takes an argument of type `Operation`",
+    );
+    assert_option("anchor = KEY, nothing_happened = f", "nothing_happened", "by a 4xx");
+}
+
 #[test]
 fn all_mistakes_are_reported_at_once() {
     let args = "anchor = heder(\"x\"), tll = 1, ttl = \"24\", ttl = \"1h\", record = sucess lease = \"0s\", \
@@ -553,6 +676,31 @@ fn all_mistakes_are_reported_at_once() {
     let expected = [
         "optional", "ttl", "issued", "\"0s\"", "recover", "1", "other", "99", "x", "y", "1u8", "a",
         "c",
+    ];
+    assert_eq!(places, expected);
+}
+
+#[test]
+fn all_mistakes_in_a_plain_function_are_reported_at_once() {
+    let args = "anchor = (arg(a), header(\"x\")), scope = TENANT, ttl = \"0s\", issued, tll = 1, record = all, \
+                fingerprint = json, operation = 1, engine = arg(self.idem), on_unknown = recover = f";
+    let item = "fn f(&self, a: &str) -> impl X {}";
+    let places: Vec<String> = mistakes(args, item).into_iter().map(|(at, _)| at).collect();
+    let expected = [
+        "tll",
+        "record",
+        "issued",
+        "f",
+        "1",
+        "json",
+        "fn",
+        "&self",
+        "&str",
+        "impl X",
+        "header",
+        "TENANT",
+        "\"0s\"",
+        "recover = f",
     ];
     assert_eq!(places, expected);
 }

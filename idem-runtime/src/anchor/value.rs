@@ -32,6 +32,25 @@ pub trait AnchorValue {
     fn write(&self, values: &mut Values);
 }
 
+/// The values that generated code took from the arguments of a handler or a function, in the order
+/// in which the policy's anchor and then its scope ask for them.
+#[derive(Debug, Default)]
+pub struct Arguments(pub(crate) Vec<Values>);
+
+impl Arguments {
+    /// None yet.
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// The next one.
+    pub fn push<V: AnchorValue + ?Sized>(&mut self, value: &V) {
+        let mut values = Values::new();
+        value.write(&mut values);
+        self.0.push(values);
+    }
+}
+
 macro_rules! by_display {
     ($($type:ty),*) => {$(
         impl AnchorValue for $type {

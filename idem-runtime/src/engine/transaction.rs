@@ -209,7 +209,8 @@ impl Shared {
                 Ok(Begun::Found(record)) => record,
                 // Without its database the handler could do nothing: `open` does not help.
                 Err(error) => {
-                    return self.refuse(call, Refusal::new(refusal_of(&error)), Some(&error));
+                    let refusal = Refusal::new(refusal_of(&error));
+                    return self.refuse(call, refusal, Some(error));
                 }
             };
             let (decision, ours) = match judge(&claim, &record, request).await {
@@ -241,7 +242,7 @@ impl Shared {
                 let _ = self.ask(transaction.roll_back()).await;
                 let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
                 let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                return self.refuse(call, refusal.about(record.operation_id), Some(&error));
+                return self.refuse(call, refusal.about(record.operation_id), Some(error));
             }
         };
         if let Err(wrong) = slot.fill(transaction) {
@@ -273,7 +274,7 @@ impl Shared {
     /// A handler that cannot have the transaction that it asks for does not run.
     fn wrong(&self, call: &Call, wrong: WrongTransaction) -> Admission {
         let error = StoreError::caused_by("idem", StoreErrorKind::Refused, wrong);
-        self.refuse(call, Refusal::new(RefusalKind::TransactionFailed), Some(&error))
+        self.refuse(call, Refusal::new(RefusalKind::TransactionFailed), Some(error))
     }
 
     /// Runs a handler without a claim in a transaction, which is committed with what it did or

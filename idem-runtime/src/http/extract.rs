@@ -12,10 +12,11 @@ use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
 use super::{
-    serve::{AnyState, Arguments, Exchange, Opened, Ran, Unkeyed, serve},
+    serve::{AnyState, Exchange, Opened, Ran, Unkeyed, serve},
     unclaimed::Unclaimed,
 };
 use crate::{
+    anchor::Arguments,
     engine::Idempotency,
     hooks::{AnyResponse, Denied, Recovered, Recovery, Settle},
     issue::Issued,

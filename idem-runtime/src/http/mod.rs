@@ -28,5 +28,4 @@ pub use self::{
         MissingEngine, assert_handler, parse, run, run_parsed,
     },
     layer::{IdempotencyLayer, IdempotencyService},
-    serve::Arguments,
 };

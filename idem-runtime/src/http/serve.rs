@@ -10,7 +10,7 @@ use axum::{
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 use tracing::Instrument;
 
 use super::{
@@ -19,20 +19,20 @@ use super::{
     unclaimed::Unclaimed,
 };
 use crate::{
-    anchor::{Anchor, AnchorError, AnchorRequest, KeyRules},
+    anchor::{Anchor, AnchorError, AnchorRequest, Arguments, KeyRules},
     builder::REPLAYED,
     decision::OnUnknown,
     detach::FinishAnyway,
     engine::{
         Admission, Call, Comparable, Compared, End, Ended, Run, Shared, later, transaction::Slot,
     },
-    fingerprint::{Subject, scheme_needs_body, under_scheme},
+    fingerprint::{Subject, is_of_function, scheme_needs_body, under_scheme},
     hooks::{Denied, Fate, Recovery, ReplayShape, RequestContext, Settle},
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
     operation::Operation,
     policy::{InFlight, Mode, Policy, Resolved},
-    record::{RecordedResponse, Ttl},
+    record::{Answer, RecordedResponse, Ttl},
     refusal::{Refusal, RefusalKind},
     store::Claim,
 };
@@ -51,25 +51,6 @@ pub(crate) enum Ran {
 
 /// Runs the handler. The request is whole again: head, and the body that was buffered.
 pub(crate) type Runner = Box<dyn FnOnce(Request) -> BoxFuture<'static, Ran> + Send>;
-
-/// The values that generated code took from the handler's arguments, in the order in which the
-/// policy's anchor and then its scope ask for them.
-#[derive(Debug, Default)]
-pub struct Arguments(Vec<Values>);
-
-impl Arguments {
-    /// None yet.
-    pub const fn new() -> Self {
-        Self(Vec::new())
-    }
-
-    /// The next one.
-    pub fn push<V: crate::AnchorValue + ?Sized>(&mut self, value: &V) {
-        let mut values = Values::new();
-        value.write(&mut values);
-        self.0.push(values);
-    }
-}
 
 /// A router's state, of whatever type.
 pub(crate) type AnyState = Arc<dyn Any + Send + Sync>;
@@ -376,18 +357,18 @@ impl Exchange {
         let enforced = self.policy.mode == Mode::Enforce;
         let response = match admission {
             Admission::Run(run) => self.run(run, runner).await,
-            Admission::Replay { response, operation_id } => {
+            Admission::Replay { answer, operation_id } => {
                 self.tell(Outcome::Replayed, Some(operation_id));
                 match enforced {
-                    true => self.replay(response, operation_id),
+                    true => self.replay(answer, operation_id),
                     false => self.run_unclaimed(runner).await,
                 }
             }
             Admission::Wait(claim) => {
                 return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim, until }));
             }
-            Admission::Refuse(refusal) if enforced => self.render(refusal),
-            Admission::Refuse(_) => self.run_unclaimed(runner).await,
+            Admission::Refuse(refusal, _) if enforced => self.render(refusal),
+            Admission::Refuse(..) => self.run_unclaimed(runner).await,
             Admission::Unprotected => unprotected(self.run_unclaimed(runner).await),
         };
         Conducted::Answered(Box::new(response))
@@ -479,7 +460,7 @@ impl Exchange {
         // What is behind may claim for itself: a layer's handler, or a service that a handler calls.
         head.extensions.insert(operation.inner());
         let request = Request::from_parts(head, body.into_body());
-        match carried(&shared, async move { runner(request).await }.boxed()).await? {
+        match shared.carried(async move { runner(request).await }.boxed()).await? {
             Ran::Answered(response) => {
                 let refused = response.extensions().get().map(|Refused(kind)| *kind);
                 // What a handler says of its answer holds for whoever claimed further out, too.
@@ -552,7 +533,7 @@ impl Exchange {
         response
     }
 
-    fn replay(&self, recorded: RecordedResponse, operation_id: OperationId) -> Response {
+    fn replay(&self, recorded: Answer, operation_id: OperationId) -> Response {
         match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
                 let (outcome, id) = (Outcome::Replayed, Some(operation_id));
@@ -585,11 +566,11 @@ impl Waiting {
         let left = |until: Instant| until.saturating_duration_since(Instant::now());
         let bound = until.map_or(Duration::ZERO, left);
         match shared.wait(&call, &claim, bound, &mut *exchange).await {
-            Admission::Replay { response, operation_id } => {
+            Admission::Replay { answer, operation_id } => {
                 exchange.tell(Outcome::Replayed, Some(operation_id));
-                exchange.replay(response, operation_id)
+                exchange.replay(answer, operation_id)
             }
-            Admission::Refuse(refusal) => exchange.render(refusal),
+            Admission::Refuse(refusal, _) => exchange.render(refusal),
             // Nobody who waited runs.
             Admission::Run(_) | Admission::Wait(_) | Admission::Unprotected => {
                 exchange.render(Refusal::new(RefusalKind::InFlight))
@@ -632,6 +613,7 @@ impl Comparable for Exchange {
             match under_scheme(scheme, &self.shared.digester, &self.subject()) {
                 Some(Ok(fingerprint)) => Compared::Fingerprint(fingerprint),
                 Some(Err(_)) => Compared::Other,
+                None if is_of_function(scheme) => Compared::Other,
                 None => Compared::Unable(RefusalKind::RecordUnreadable),
             }
         }
@@ -667,23 +649,6 @@ async fn plain(request: Request, unclaimed: Option<Box<Unclaimed>>, runner: Runn
         Some(unclaimed) => unclaimed.run(work).await,
         None => work.await,
     }
-}
-
-/// The handler's future in whatever the application wraps it in; `None` if that threw it away.
-fn carried(shared: &Shared, work: BoxFuture<'static, Ran>) -> BoxFuture<'static, Option<Ran>> {
-    let Some(carry) = &shared.carry else { return work.map(Some).boxed() };
-    let (send, receive) = oneshot::channel();
-    let wrapped = carry(
-        async move {
-            let _ = send.send(work.await);
-        }
-        .boxed(),
-    );
-    async move {
-        wrapped.await;
-        receive.await.ok()
-    }
-    .boxed()
 }
 
 /// Says what an answer means for its record.
@@ -767,7 +732,8 @@ fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
 
 /// A recorded answer as a response, in the shape that the policy gives to replays; `None` if it
 /// cannot be one.
-pub(super) fn replayed(recorded: RecordedResponse, shape: Option<ReplayShape>) -> Option<Response> {
+pub(super) fn replayed(recorded: Answer, shape: Option<ReplayShape>) -> Option<Response> {
+    let Answer::Response(recorded) = recorded else { return None };
     let mut response = http::Response::new(recorded.body);
     *response.status_mut() = StatusCode::from_u16(recorded.status).ok()?;
     let headers = response.headers_mut();

@@ -44,6 +44,8 @@ pub struct KeyName {
     values: Values,
     space: Option<Cow<'static, str>>,
     operation: Option<Operation>,
+    is_layers: bool,
+    function: Option<Cow<'static, str>>,
 }
 
 /// A method and a route with the values of its parameters.
@@ -70,7 +72,14 @@ impl KeyName {
     pub fn of(anchor: &Anchor, value: &(impl AnchorValue + ?Sized)) -> Self {
         let mut values = Values::new();
         value.write(&mut values);
-        Self { anchor: *anchor, values, space: None, operation: None }
+        Self {
+            anchor: *anchor,
+            values,
+            space: None,
+            operation: None,
+            is_layers: false,
+            function: None,
+        }
     }
 
     /// The key that `anchor = arg(…)` takes from these arguments.
@@ -115,6 +124,21 @@ impl KeyName {
             Some(Operation { method: method.clone(), route: route.into(), parameters });
         self
     }
+
+    /// The key under which a [layer](crate::Idempotency::layer) claimed the operation, and not the
+    /// handler behind it.
+    #[must_use]
+    pub const fn of_layer(mut self) -> Self {
+        self.is_layers = true;
+        self
+    }
+
+    /// The plain function that it was given to, by its path: `my_crate::jobs::deliver`.
+    #[must_use]
+    pub fn function(mut self, path: impl Into<Cow<'static, str>>) -> Self {
+        self.function = Some(path.into());
+        self
+    }
 }
 
 impl Shared {
@@ -124,6 +148,9 @@ impl Shared {
         let said = name.anchor.options.space.or(self.options.space);
         if let Some(space) = name.space.as_deref().or(said) {
             return Ok(self.digester.key(Space::Named(space), scope, &values));
+        }
+        if let Some(path) = &name.function {
+            return Ok(self.digester.key(Space::Function(path), scope, &values));
         }
         let operation = name.operation.as_ref().ok_or(KeyNameError::NoSpace)?;
         let Operation { method, route, parameters } = operation;
@@ -139,7 +166,11 @@ impl Shared {
             .collect();
         let spelt = spelt.iter().map(AsRef::as_ref);
         let endpoint = Endpoint::matched(method.as_str(), route, spelt);
-        Ok(self.digester.key(Space::Operation(&endpoint), scope, &values))
+        let space = match name.is_layers {
+            true => Space::Layer(&endpoint),
+            false => Space::Operation(&endpoint),
+        };
+        Ok(self.digester.key(space, scope, &values))
     }
 }
 
@@ -147,9 +178,10 @@ impl Shared {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KeyNameError {
-    /// Neither the anchor nor the engine names a space, and no operation was said. Add
-    /// [`operation`](KeyName::operation) or [`space`](KeyName::space) to the name.
-    #[error("the key's name has neither a space nor an operation")]
+    /// Neither the anchor nor the engine names a space, and no operation or function was said. Add
+    /// [`operation`](KeyName::operation), [`function`](KeyName::function) or
+    /// [`space`](KeyName::space) to the name.
+    #[error("the key's name has neither a space nor an operation nor a function")]
     NoSpace,
     /// The route has more or fewer parameters.
     #[error("the route {route} has {expected} parameters, and {given} values were given")]

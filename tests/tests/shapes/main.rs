@@ -16,6 +16,7 @@ mod hygiene;
 mod last_argument;
 mod options;
 mod other_attributes;
+mod plain;
 mod returns;
 mod routing;
 mod state;
