@@ -224,7 +224,8 @@ impl<S> Builder<S> {
     /// effect gets the whole answer; every replay is of what was stored, without it, and so is a
     /// retry whose first answer was lost on the way.
     ///
-    /// A redaction that panics leaves a tombstone: that it was done is recorded, and no answer.
+    /// A redaction that panics leaves a tombstone: that it was done is recorded, and no answer. A
+    /// `Content-Length` that became wrong is left out.
     ///
     /// ```
     /// # use idem_runtime::{Idempotency, Scope, store::MemoryStore};

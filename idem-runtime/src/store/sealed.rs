@@ -93,11 +93,15 @@ impl Veil {
             && !completion.flags.contains(Flags::TOMBSTONE)
             && let Ok(mut response) = RecordedResponse::decode(&completion.payload)
         {
-            let status = response.status;
+            let (status, length) = (response.status, response.body.len());
             if catch_unwind(AssertUnwindSafe(|| redact(&mut response))).is_err() {
                 tracing::error!("redacting an answer panicked: only the fact is recorded");
                 completion.flags = completion.flags.with(Flags::TOMBSTONE);
                 response = RecordedResponse { status, headers: Vec::new(), body: Bytes::new() };
+            }
+            // A server believes a length that is said.
+            if response.body.len() != length {
+                response.headers.retain(|(name, _)| name != "content-length");
             }
             let headers: Vec<_> = response.headers.iter().map(|(k, v)| (&k[..], &v[..])).collect();
             completion.payload =
@@ -296,6 +300,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        record::{FORMAT, Ttl},
         seal::KeyRing,
         store::{Clock, ManualClock, MemoryStore},
         testing::StoreFixture,
@@ -334,4 +339,21 @@ mod tests {
     }
 
     crate::store_laws!(Fixture::new());
+
+    #[tokio::test]
+    async fn a_length_that_became_wrong_is_left_out() {
+        for (redacted, lines) in [("body", 1), ("", 0)] {
+            let redact: Redact = Arc::new(move |response| response.body = redacted.into());
+            let fixture = Fixture::new();
+            let store: Arc<dyn Store> = Arc::new(fixture.store.clone());
+            let sealed = Sealed { store, seal: None, redact: Some(redact) };
+            let payload = RecordedResponse::encode(200, &[(b"content-length", b"4")], b"paid");
+            let (key, token, flags) = (Key::from_bytes([7; 32]), Token::random(), Flags::NONE);
+            let completion =
+                Completion { key, token, ttl: Ttl::Forever, flags, payload, format: FORMAT };
+            let stored = sealed.redacted(&completion).payload;
+            let response = RecordedResponse::decode(&stored).unwrap();
+            assert_eq!((&response.body[..], response.headers.len()), (redacted.as_bytes(), lines));
+        }
+    }
 }
