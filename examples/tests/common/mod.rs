@@ -161,7 +161,7 @@ impl Server {
     pub(crate) async fn patiently(&self, request: &RequestBuilder) -> Answer {
         for _ in 0..200 {
             let answer = send(request.try_clone().expect("a plain body")).await;
-            if answer.status != 409 || answer.headers.get("retry-after").is_none() {
+            if ![409, 429].contains(&answer.status) || answer.headers.get("retry-after").is_none() {
                 return answer;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
