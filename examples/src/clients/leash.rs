@@ -46,6 +46,12 @@ impl Post {
         Self { key: None, path: "/v1/submit".to_owned(), body }
     }
 
+    /// The same with another body, under the same key: what a client must not send.
+    #[must_use]
+    pub fn with_body(self, body: Value) -> Self {
+        Self { body, ..self }
+    }
+
     /// The same with a key, so that a retry gets the first answer as it was.
     #[must_use]
     pub fn with_key(self) -> Self {

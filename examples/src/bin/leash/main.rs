@@ -65,7 +65,7 @@
 //!
 //! # What became of it; after ten seconds it is confirmed.
 //! curl -i http://127.0.0.1:3005/v1/events/$EVENT -H 'X-API-Key: buyer-1'
-//! curl -i http://127.0.0.1:3005/v1/events?agent=scout -H 'X-API-Key: buyer-1'
+//! curl -i 'http://127.0.0.1:3005/v1/events?agent=scout' -H 'X-API-Key: buyer-1'
 //!
 //! # One receipt, whoever posts it.
 //! curl -i http://127.0.0.1:3005/v1/receipts/scout -H 'X-API-Key: buyer-1' \
@@ -376,7 +376,7 @@ async fn run(Command { switches, ledger, receive }: Command) -> examples::Result
     if let Some(secret) = receive {
         let engine = engine.scope(Scope::global()).build();
         let server = Server::bind(switches.port.unwrap_or(3006)).await?;
-        println!("leash receives at {}/hooks, records in {store}", server.url());
+        println!("leash receives on {}, at /hooks, records in {store}", server.url());
         let app = receiver::routes(engine.clone(), downstream, &secret);
         return Ok(server.run(app, &engine, asked_to_stop()).await?);
     }
