@@ -253,6 +253,17 @@ impl Anchor {
         self.source.needs_arguments()
     }
 
+    /// Whether the client sent a key, well formed or not, as far as the head says. A parameter of
+    /// the route is there whether it is meant as one or not.
+    pub(crate) fn was_sent(&self, request: &AnchorRequest<'_>) -> bool {
+        match self.source {
+            Source::Header(name) => !matches!(request.header(name), Ok(None)),
+            Source::Query(name) => !matches!(request.query(name), Ok(None)),
+            Source::All(anchors) => anchors.iter().any(|anchor| anchor.was_sent(request)),
+            Source::Path(_) | Source::BodyField(_) | Source::Custom(_) | Source::Argument => false,
+        }
+    }
+
     /// Values that did not come out of a request, checked and canonical as if they had.
     pub(crate) fn checked(&self, values: &Values, longest: usize) -> Result<Values, AnchorError> {
         let mut parts = Vec::new();
@@ -440,6 +451,15 @@ impl Scope {
             ScopeKind::Global => false,
             ScopeKind::One(source) => matches!(source, Source::BodyField(_)),
             ScopeKind::All(scopes) => scopes.iter().any(Self::needs_body),
+        }
+    }
+
+    /// Whether the values come from the handler's arguments.
+    pub(crate) fn needs_arguments(&self) -> bool {
+        match self.0 {
+            ScopeKind::Global => false,
+            ScopeKind::One(source) => source.needs_arguments(),
+            ScopeKind::All(scopes) => scopes.iter().any(Self::needs_arguments),
         }
     }
 

@@ -71,6 +71,7 @@ pub struct Builder<S> {
     refusals: Arc<dyn Refusals>,
     documentation: Option<Arc<str>>,
     left_out: Vec<HeaderName>,
+    operation_header: Option<HeaderName>,
     carry: Option<Carry>,
 }
 
@@ -82,6 +83,18 @@ impl<S: fmt::Debug> fmt::Debug for Builder<S> {
             .finish_non_exhaustive()
     }
 }
+
+/// The header on every replay; its value is `true`.
+pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+
+/// The header on the answer to a request whose key nobody used; its value is `true`. See
+/// [`Idempotency::layer`].
+pub const IGNORED: HeaderName = HeaderName::from_static("idempotent-ignored");
+
+/// The header that names the operation which a request belongs to, unless
+/// [`operation_header`](Builder::operation_header) says otherwise; its value is an
+/// [`OperationId`](crate::OperationId).
+pub const OPERATION: HeaderName = HeaderName::from_static("idempotent-operation");
 
 /// What is never recorded unless asked for: what speaks of one connection, of one moment, or to
 /// one caller.
@@ -116,6 +129,7 @@ impl Idempotency {
             refusals: Arc::new(ProblemDocuments),
             documentation: None,
             left_out: LEFT_OUT.to_vec(),
+            operation_header: Some(OPERATION),
             carry: None,
         }
     }
@@ -134,6 +148,7 @@ impl Builder<Unscoped> {
             refusals: self.refusals,
             documentation: self.documentation,
             left_out: self.left_out,
+            operation_header: self.operation_header,
             carry: self.carry,
         }
     }
@@ -142,6 +157,8 @@ impl Builder<Unscoped> {
 impl Builder<Scoped> {
     /// The engine.
     pub fn build(self) -> Idempotency {
+        let mut left_out = self.left_out;
+        left_out.extend([REPLAYED, IGNORED].into_iter().chain(self.operation_header.clone()));
         Idempotency {
             shared: Arc::new(Shared {
                 store: self.store,
@@ -152,7 +169,8 @@ impl Builder<Scoped> {
                 observer: self.observer,
                 refusals: self.refusals,
                 documentation: self.documentation,
-                left_out: self.left_out,
+                left_out,
+                operation_header: self.operation_header,
                 carry: self.carry,
                 leases: Leases::default(),
                 waits: Waits::default(),
@@ -204,6 +222,26 @@ impl<S> Builder<S> {
     /// `Authentication-Info` and `Server-Timing`.
     pub fn leave_out(mut self, headers: impl IntoIterator<Item = HeaderName>) -> Self {
         self.left_out.extend(headers);
+        self
+    }
+
+    /// The header in which every answer to a protected request, be it the handler's own, a replay or
+    /// a refusal, names its operation, so that a support ticket leads to the record; `None` leaves
+    /// it out. Default: [`OPERATION`]. It is part of no record. Where several policies protect one
+    /// request, it names the operation of the outermost.
+    ///
+    /// ```
+    /// use http::HeaderName;
+    /// # use idem_runtime::{Idempotency, Scope, store::MemoryStore};
+    ///
+    /// let idem = Idempotency::builder(MemoryStore::new())
+    ///     .scope(Scope::header("X-API-Key"))
+    ///     .operation_header(HeaderName::from_static("x-payment-operation"))
+    ///     .build();
+    /// # let _ = idem;
+    /// ```
+    pub fn operation_header(mut self, name: impl Into<Option<HeaderName>>) -> Self {
+        self.operation_header = name.into();
         self
     }
 

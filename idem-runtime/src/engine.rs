@@ -81,6 +81,8 @@ pub(crate) struct Shared {
     pub(crate) documentation: Option<Arc<str>>,
     /// Headers that are not recorded.
     pub(crate) left_out: Vec<HeaderName>,
+    /// The header that names the operation, if there is to be one.
+    pub(crate) operation_header: Option<HeaderName>,
     pub(crate) carry: Option<Carry>,
     pub(crate) leases: Leases,
     pub(crate) waits: Waits,

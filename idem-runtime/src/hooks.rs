@@ -64,7 +64,7 @@ impl RequestContext {
         &self.body
     }
 
-    /// The router's state, if `S` is its type.
+    /// The router's state, if `S` is its type. A [layer](crate::Idempotency::layer) has none.
     pub fn state<S: 'static>(&self) -> Option<&S> {
         self.state.downcast_ref()
     }
@@ -191,7 +191,8 @@ impl ReplayShape {
 }
 
 /// What becomes of one response, whatever the policy says of its status: return it before the
-/// parts of a response.
+/// parts of a response. It holds for the policies of the handler and of a
+/// [layer](crate::Idempotency::layer) around it.
 ///
 /// ```
 /// use axum::http::StatusCode;

@@ -15,6 +15,7 @@
 //! space     = ["operation", method, "route", route with erased names, parameter, …]
 //!           | ["operation", method, "path", decoded segment, …]
 //!           | ["space", name]
+//!           | ["layer", and what stands there for the operation …]
 //! ```
 
 use std::{borrow::Cow, fmt};
@@ -385,6 +386,9 @@ impl Digester {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Space<'a> {
     Operation(&'a Endpoint),
+    /// A layer's operations are apart from those of the handlers behind it: both may have a claim
+    /// on one request.
+    Layer(&'a Endpoint),
     Named(&'a str),
 }
 
@@ -393,6 +397,11 @@ fn preimage(space: Space<'_>, scope: &Values, values: &Values) -> Vec<u8> {
     put_bytes(&mut bytes, KEY_SCHEME);
     match space {
         Space::Operation(endpoint) => endpoint.parts.write_to(&mut bytes),
+        Space::Layer(endpoint) => {
+            let mut parts = Values::from_iter(["layer"]);
+            parts.extend(&endpoint.parts);
+            parts.write_to(&mut bytes);
+        }
         Space::Named(name) => {
             let mut parts = Values::new();
             parts.push("space");

@@ -5,7 +5,8 @@
 //! recorded answer, another request under the same key is refused.
 //!
 //! Start with [`#[idempotent]`](macro@idempotent), which says it of a handler, and
-//! [`Idempotency`], the engine behind it.
+//! [`Idempotency`], the engine behind it. [`Idempotency::layer`] protects all writes of a router at
+//! once.
 //!
 //! # Words
 //!
@@ -63,11 +64,12 @@ pub use idem_macros::AnchorValue;
 pub use idem_macros::idempotent;
 
 pub use crate::http::{
-    EngineInExtension, EngineInRouterState, EngineSource, Guarded, Handled, Idem, Idempotent,
-    IdempotentArguments, IdempotentExt, MissingEngine, REPLAYED, assert_handler,
+    EngineInExtension, EngineInRouterState, EngineSource, Guarded, Handled, Idem, IdempotencyLayer,
+    IdempotencyService, Idempotent, IdempotentArguments, IdempotentExt, MissingEngine,
+    assert_handler,
 };
 pub use anchor::{Anchor, AnchorError, AnchorRequest, AnchorValue, Format, Scope};
-pub use builder::{Builder, Scoped, Unscoped};
+pub use builder::{Builder, IGNORED, OPERATION, REPLAYED, Scoped, Unscoped};
 pub use decision::{Asked, Decision, OnUnknown, Seen, decide};
 pub use engine::Idempotency;
 pub use fingerprint::FingerprintScheme;

@@ -62,6 +62,9 @@ pub enum Outcome {
     Refused(RefusalKind),
     /// The handler ran without protection: it has no key, or the store could not be asked.
     Unprotected,
+    /// A [layer](crate::Idempotency::layer) left the request alone, though it has a key, and so did
+    /// its handler.
+    Ignored,
     /// The client hung up; the handler goes on in the background.
     Detached,
     /// Another attempt holds the claim of one that is still running.
@@ -84,6 +87,7 @@ impl Outcome {
             Self::Replayed => "replayed",
             Self::Refused(kind) => kind.code(),
             Self::Unprotected => "unprotected",
+            Self::Ignored => "ignored",
             Self::Detached => "detached",
             Self::LeaseLost => "lease_lost_while_running",
             Self::RenewalFailed => "renewal_failed",

@@ -11,6 +11,7 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
+use http::Extensions;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 use uuid::Uuid;
@@ -28,6 +29,9 @@ use crate::{
 /// release and takeover. In a handler that is not protected (no `#[idempotent]`, an optional key
 /// that is absent, a mode or an outage that lets it run) each request is an operation of its own.
 ///
+/// Where a [layer](crate::Idempotency::layer) protects the request, it is the layer's operation,
+/// unless the handler has a claim of its own: then it is the handler's.
+///
 /// It is filled when the claim is granted: ask it in the handler's body. Before that, in an
 /// extractor or a layer, it answers as for a handler that is not protected, with an id that is
 /// nobody else's.
@@ -37,6 +41,8 @@ pub struct Operation(Arc<Known>);
 /// What is known of an operation, shared by the request's extensions, its handler and the engine.
 #[derive(Default)]
 struct Known {
+    /// The operation of whoever claimed first and handed the request on.
+    outer: Option<Operation>,
     /// The attempt whose claim was granted: it counts from then on.
     granted: OnceLock<Arc<Attempt>>,
     /// What was made up for whoever asked without a claim, or before it.
@@ -170,7 +176,51 @@ impl Operation {
 
     fn get(&self) -> &Arc<Attempt> {
         let made_up = || Attempt::new(OperationId::random(), 1, None);
-        self.0.granted.get().unwrap_or_else(|| self.0.unprotected.get_or_init(made_up))
+        match (self.0.granted.get(), &self.0.outer) {
+            (Some(granted), _) => granted,
+            (None, Some(outer)) => outer.get(),
+            (None, None) => self.0.unprotected.get_or_init(made_up),
+        }
+    }
+
+    /// What is known without making anything up.
+    fn known(&self) -> Option<&Arc<Attempt>> {
+        let outer = || self.0.outer.as_ref()?.known();
+        self.0.granted.get().or_else(outer).or(self.0.unprotected.get())
+    }
+
+    /// The operation of a request, for its next claim. One that was granted before belongs to an
+    /// earlier claim of the same request, which somebody sent again: it stays as it is.
+    pub(crate) fn of(extensions: &mut Extensions) -> Self {
+        let known = extensions.get::<Self>();
+        if let Some(known) = known.filter(|known| known.0.granted.get().is_none()) {
+            return known.clone();
+        }
+        let operation = Self::within(known.and_then(|known| known.0.outer.clone()));
+        extensions.insert(operation.clone());
+        operation
+    }
+
+    /// What is handed on to whoever serves the request: this operation, until a claim of its own is
+    /// granted.
+    pub(crate) fn inner(&self) -> Self {
+        Self::within(Some(self.clone()))
+    }
+
+    fn within(outer: Option<Self>) -> Self {
+        Self(Arc::new(Known { outer, ..Known::default() }))
+    }
+
+    /// Whether whoever handed the request on holds this very key: what runs now is protected by it.
+    pub(crate) fn is_claimed_further_out(&self, engine: &Arc<Shared>, key: &Key) -> bool {
+        let mut outer = self.0.outer.as_ref();
+        while let Some(Self(known)) = outer {
+            if known.granted.get().is_some_and(|attempt| attempt.holds(engine, key)) {
+                return true;
+            }
+            outer = known.outer.as_ref();
+        }
+        false
     }
 
     /// Says which attempt the handler works on.
@@ -187,7 +237,7 @@ impl Operation {
 impl fmt::Debug for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Operation");
-        if let Some(attempt) = self.0.granted.get().or(self.0.unprotected.get()) {
+        if let Some(attempt) = self.known() {
             shown.field("id", &attempt.id).field("attempt", &attempt.number);
         }
         shown.finish()
@@ -227,6 +277,14 @@ impl Attempt {
     /// all of it.
     pub(crate) fn has_steps(&self) -> bool {
         self.journal.as_ref().is_some_and(|journal| journal.has_steps.load(Ordering::Acquire))
+    }
+
+    /// Whether this is the claim of a key, and still is.
+    fn holds(&self, engine: &Arc<Shared>, key: &Key) -> bool {
+        let of_key = |journal: &Journal| {
+            journal.key == *key && std::ptr::eq(journal.engine.as_ptr(), Arc::as_ptr(engine))
+        };
+        self.journal.as_ref().is_some_and(of_key) && !self.is_lost() && !self.is_ending()
     }
 
     pub(crate) fn is_ending(&self) -> bool {
@@ -404,6 +462,34 @@ mod tests {
         assert_ne!(operation.id(), early);
         assert_eq!(operation.id(), OperationId::from_bytes([7; 16]));
         assert_eq!(operation.attempt(), 2);
+    }
+
+    #[test]
+    fn what_is_handed_on_is_the_outer_operation_until_it_has_a_claim_of_its_own() {
+        let (outer, inner_id) = (Operation::default(), OperationId::from_bytes([8; 16]));
+        let inner = outer.inner();
+        outer.grant(&Attempt::new(OperationId::from_bytes([7; 16]), 2, None));
+        assert_eq!((inner.id(), inner.attempt()), (outer.id(), 2));
+        assert_eq!(inner.derive("psp"), outer.derive("psp"));
+        inner.grant(&Attempt::new(inner_id, 1, None));
+        assert_eq!((inner.id(), inner.attempt()), (inner_id, 1));
+        assert_eq!(outer.id(), OperationId::from_bytes([7; 16]));
+    }
+
+    /// As a layer that tries again does.
+    #[test]
+    fn a_request_that_is_sent_twice_has_an_operation_each_time() {
+        let outer = Operation::default();
+        outer.grant(&Attempt::new(OperationId::from_bytes([7; 16]), 1, None));
+        let mut extensions = Extensions::new();
+        extensions.insert(outer.inner());
+        let first = Operation::of(&mut extensions);
+        first.grant(&Attempt::new(OperationId::from_bytes([8; 16]), 1, None));
+        let again = Operation::of(&mut extensions);
+        assert_eq!(again.id(), outer.id());
+        again.grant(&Attempt::new(OperationId::from_bytes([8; 16]), 2, None));
+        assert_eq!((first.attempt(), again.attempt()), (1, 2));
+        assert_eq!(Operation::of(&mut Extensions::new()).attempt(), 1);
     }
 
     #[tokio::test]

@@ -330,6 +330,7 @@ impl Policy {
             refusals: said.refusals,
             mode: said.mode.unwrap_or_default(),
             store_outage: said.store_outage.unwrap_or_default(),
+            is_layer: false,
         }
     }
 }
@@ -359,6 +360,8 @@ pub(crate) struct Resolved {
     pub(crate) refusals: Option<&'static dyn Refusals>,
     pub(crate) mode: Mode,
     pub(crate) store_outage: StoreOutage,
+    /// Whether it is a layer's and not a handler's.
+    pub(crate) is_layer: bool,
 }
 
 impl Resolved {

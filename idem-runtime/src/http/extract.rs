@@ -313,7 +313,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Operation {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(parts.extensions.get_or_insert_default::<Self>().clone())
+        Ok(Self::of(&mut parts.extensions))
     }
 }
 

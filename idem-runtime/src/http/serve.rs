@@ -10,14 +10,19 @@ use axum::{
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
+use tracing::Instrument;
 
-use super::body::{Bound, Buffered, buffer, whole};
+use super::{
+    answer::{Refused, after_a_refusal, refuse, say, unprotected},
+    body::{Bound, Buffered, buffer, whole},
+};
 use crate::{
     anchor::{Anchor, AnchorError, AnchorRequest, KeyRules},
+    builder::REPLAYED,
     decision::OnUnknown,
     detach::FinishAnyway,
-    engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared},
+    engine::{Admission, Call, Comparable, Compared, End, Ended, Run, Shared, later},
     fingerprint::{Subject, scheme_needs_body, under_scheme},
     hooks::{Denied, Fate, Recovery, ReplayShape, RequestContext, Settle},
     key::{Endpoint, OperationId, Space, Values},
@@ -29,18 +34,10 @@ use crate::{
     store::Claim,
 };
 
-/// The header on every replay; its value is `true`.
-pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
-
-/// What became of a request, in its response's extensions: for layers that log, meter or limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Handled {
-    /// What became of it.
-    pub outcome: Outcome,
-    /// Which operation it was, where that is known.
-    pub operation_id: Option<OperationId>,
-}
+/// Until when a request may wait for the answer of a running one, in its extensions: the bound of
+/// whoever was asked first.
+#[derive(Clone, Copy)]
+struct WaitUntil(Instant);
 
 /// What a handler came to.
 pub(crate) enum Ran {
@@ -83,6 +80,17 @@ pub(crate) fn serve(
     runner: Runner,
 ) -> BoxFuture<'static, Response> {
     let policy = policy.resolve(&shared.options, shared.scope);
+    serve_under(shared, policy, request, state, runner)
+}
+
+/// Serves a request under a policy in which everything is said.
+pub(super) fn serve_under(
+    shared: Arc<Shared>,
+    policy: Resolved,
+    request: Request,
+    state: AnyState,
+    runner: Runner,
+) -> BoxFuture<'static, Response> {
     async move {
         match Exchange::open(shared, policy, request, state).await {
             Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner).await,
@@ -207,20 +215,16 @@ impl Exchange {
     /// Whether an extractor of the handler can be run before the claim: everything that it reads
     /// is still there.
     pub(crate) fn request_for_extractor(&mut self) -> Request {
-        // The handler and the engine share one cell, whoever asks for it first.
-        let operation = self.operation();
+        let inner = Operation::of(&mut self.head.extensions).inner();
         let body = match &self.body {
             Content::Buffered(bytes, trailers) => whole(bytes.clone(), trailers.clone()),
             Content::Untouched(_) | Content::Taken => {
                 std::mem::replace(&mut self.body, Content::Taken).into_body()
             }
         };
-        self.head.extensions.insert(operation);
-        Request::from_parts(self.head.clone(), body)
-    }
-
-    fn operation(&self) -> Operation {
-        self.head.extensions.get::<Operation>().cloned().unwrap_or_default()
+        let mut head = self.head.clone();
+        head.extensions.insert(inner);
+        Request::from_parts(head, body)
     }
 
     fn anchor_request(&self) -> AnchorRequest<'_> {
@@ -248,10 +252,9 @@ impl Exchange {
     }
 
     /// Asks the application whether a request that would run may, and otherwise for its answer.
-    async fn ask_to_admit(&mut self) -> Result<(), Response> {
+    async fn ask_to_admit(&mut self, operation: &Operation) -> Result<(), Response> {
         let Some(admit) = self.policy.admit else { return Ok(()) };
-        let operation = self.head.extensions.get_or_insert_default::<Operation>().clone();
-        let context = self.context(&operation);
+        let context = self.context(operation);
         admit(context).await.map_err(|Denied(response)| response.map(Body::new))
     }
 
@@ -266,8 +269,8 @@ impl Exchange {
 
     fn render(&self, refusal: Refusal) -> Response {
         let (outcome, operation_id) = (Outcome::Refused(refusal.kind()), refusal.operation_id());
-        let mut response = self.shared.render(&self.policy, refusal).map(Body::from);
-        response.extensions_mut().insert(Handled { outcome, operation_id });
+        let mut response = refuse(&self.shared, &self.policy, refusal);
+        say(&self.shared, &self.policy, &mut response, outcome, operation_id);
         response
     }
 
@@ -323,6 +326,7 @@ impl Exchange {
             })?;
         let space = match self.policy.space {
             Some(name) => Space::Named(name),
+            None if self.policy.is_layer => Space::Layer(&self.endpoint),
             None => Space::Operation(&self.endpoint),
         };
         Ok(Call {
@@ -346,6 +350,12 @@ impl Exchange {
 
     async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Conducted {
         let shared = Arc::clone(&self.shared);
+        // One key has one record: the claim that this request has already protects this run, too.
+        let known = self.head.extensions.get::<Operation>();
+        if known.is_some_and(|operation| operation.is_claimed_further_out(&shared, &call.key)) {
+            return Conducted::Answered(Box::new(self.run_unclaimed(runner).await));
+        }
+        let until = self.may_wait_until();
         let admission = shared.admit(&call, &mut *self).await;
         let enforced = self.policy.mode == Mode::Enforce;
         let response = match admission {
@@ -358,13 +368,27 @@ impl Exchange {
                 }
             }
             Admission::Wait(claim) => {
-                return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim }));
+                return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim, until }));
             }
             Admission::Refuse(refusal) if enforced => self.render(refusal),
             Admission::Refuse(_) => self.run_unclaimed(runner).await,
             Admission::Unprotected => unprotected(self.run_unclaimed(runner).await),
         };
         Conducted::Answered(Box::new(response))
+    }
+
+    /// Until when this request may wait, here or further in, if it may wait here.
+    fn may_wait_until(&mut self) -> Option<Instant> {
+        let InFlight::Wait(bound) = self.policy.in_flight else { return None };
+        if !self.policy.waits() {
+            return None;
+        }
+        let bound = preferred_wait(&self.head.headers).map_or(bound, |wait| wait.min(bound));
+        let own = later(Instant::now(), bound);
+        let outer = self.head.extensions.get().map(|WaitUntil(outer)| *outer);
+        let until = outer.map_or(own, |outer| outer.min(own));
+        self.head.extensions.insert(WaitUntil(until));
+        Some(until)
     }
 
     /// What `admit` and `recover` functions see.
@@ -380,7 +404,8 @@ impl Exchange {
     /// The request of a handler that runs without a claim, if the application admits it: its limits
     /// hold for every run, or a request without a key would pass them by.
     pub(crate) async fn admitted(mut self: Box<Self>) -> Result<Request, Response> {
-        self.ask_to_admit().await?;
+        let operation = Operation::of(&mut self.head.extensions);
+        self.ask_to_admit(&operation).await?;
         Ok(self.into_request())
     }
 
@@ -421,7 +446,7 @@ impl Exchange {
                 Recovery::NeverHappened => {}
             }
         }
-        match AssertUnwindSafe(self.ask_to_admit()).catch_unwind().await {
+        match AssertUnwindSafe(self.ask_to_admit(&operation)).catch_unwind().await {
             Ok(Ok(())) => {}
             Ok(Err(denied)) => return Some((denied, End::Forget)),
             // The handler did not start: nothing is unknown.
@@ -432,15 +457,22 @@ impl Exchange {
             Err(panic) => std::panic::resume_unwind(panic),
         }
         let Self { shared, policy, mut head, body, .. } = *self;
-        head.extensions.insert(operation);
+        // What is behind may claim for itself: a layer's handler, or a service that a handler calls.
+        head.extensions.insert(operation.inner());
         let request = Request::from_parts(head, body.into_body());
         match carried(&shared, async move { runner(request).await }.boxed()).await? {
-            Ran::Answered(mut response) => {
-                let settle = response.extensions_mut().remove::<Settle>();
-                let settle = settle.unwrap_or(Settle::BY_POLICY);
+            Ran::Answered(response) => {
+                let refused = response.extensions().get().map(|Refused(kind)| *kind);
+                // What a handler says of its answer holds for whoever claimed further out, too.
+                let said = response.extensions().get::<Settle>().copied();
+                let settle = match refused {
+                    Some(kind) => after_a_refusal(kind),
+                    None => said.unwrap_or(Settle::BY_POLICY),
+                };
                 let (response, end) = weigh(&shared, &policy, response, settle).await;
+                let by_handler = refused.is_none() && settle.fate == Fate::Forget;
                 Some(match end {
-                    End::Forget if settle.fate == Fate::ByPolicy && run.attempt.has_steps() => {
+                    End::Forget if !by_handler && run.attempt.has_steps() => {
                         (response, End::Release)
                     }
                     end => (response, end),
@@ -452,10 +484,18 @@ impl Exchange {
 
     async fn run(mut self: Box<Self>, run: Run, runner: Runner) -> Response {
         let (shared, policy) = (Arc::clone(&self.shared), self.policy);
-        let operation = self.head.extensions.get_or_insert_default::<Operation>().clone();
+        let operation = Operation::of(&mut self.head.extensions);
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
-        let work = self.work(&run, operation, runner);
+        // On the level that services run with: what a handler logs in production is to lead to its
+        // record. Without a subscriber it costs a comparison.
+        let span = tracing::info_span!(
+            "idempotent",
+            operation = self.endpoint.text(),
+            %operation_id,
+            attempt = run.attempt.number,
+        );
+        let work = self.work(&run, operation, runner).instrument(span);
         let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
             Ok(Some((response, end))) => (Some(response), end),
             // Where idem only observes, a panic is the server's own affair.
@@ -466,10 +506,7 @@ impl Exchange {
             Ok(None) | Err(_) => (None, End::Release),
         };
         let (ended, outcome) = run.end(end).await;
-        let refused = |kind, id| {
-            let refusal = Refusal::new(kind).about(id);
-            shared.render(&policy, refusal).map(Body::from)
-        };
+        let refused = |kind, id| refuse(&shared, &policy, Refusal::new(kind).about(id));
         let response =
             response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
         let lost = |id| refused(RefusalKind::LeaseLost, id);
@@ -482,17 +519,15 @@ impl Exchange {
             },
             Ended::Lost => (lost(operation_id), operation_id),
         };
-        response.extensions_mut().insert(Handled { outcome, operation_id: Some(operation_id) });
+        say(&shared, &policy, &mut response, outcome, Some(operation_id));
         response
     }
 
     fn replay(&self, recorded: RecordedResponse, operation_id: OperationId) -> Response {
         match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
-                let operation_id = Some(operation_id);
-                response
-                    .extensions_mut()
-                    .insert(Handled { outcome: Outcome::Replayed, operation_id });
+                let (outcome, id) = (Outcome::Replayed, Some(operation_id));
+                say(&self.shared, &self.policy, &mut response, outcome, id);
                 response
             }
             None => self.render(Refusal::new(RefusalKind::RecordUnreadable).about(operation_id)),
@@ -511,17 +546,15 @@ struct Waiting {
     exchange: Box<Exchange>,
     call: Call,
     claim: Box<Claim>,
+    until: Option<Instant>,
 }
 
 impl Waiting {
     async fn wait(self) -> Response {
-        let Self { mut exchange, call, claim } = self;
+        let Self { mut exchange, call, claim, until } = self;
         let shared = Arc::clone(&exchange.shared);
-        let bound = match exchange.policy.in_flight {
-            InFlight::Wait(bound) => bound,
-            InFlight::Reject => Duration::ZERO,
-        };
-        let bound = preferred_wait(&exchange.head.headers).map_or(bound, |wait| wait.min(bound));
+        let left = |until: Instant| until.saturating_duration_since(Instant::now());
+        let bound = until.map_or(Duration::ZERO, left);
         match shared.wait(&call, &claim, bound, &mut *exchange).await {
             Admission::Replay { response, operation_id } => {
                 exchange.tell(Outcome::Replayed, Some(operation_id));
@@ -592,13 +625,6 @@ impl Unkeyed {
             Self::Refused(response) => *response,
         }
     }
-}
-
-/// Says of an answer that its handler was not protected though it could be.
-fn unprotected(mut response: Response) -> Response {
-    let handled = Handled { outcome: Outcome::Unprotected, operation_id: None };
-    response.extensions_mut().insert(handled);
-    response
 }
 
 /// Runs a handler as plain axum does.
@@ -736,7 +762,7 @@ async fn parameters(head: &mut Parts) -> (Vec<(String, String)>, bool) {
     }
 }
 
-fn endpoint(head: &Parts, parameters: &[(String, String)], anchor: &Anchor) -> Endpoint {
+pub(super) fn endpoint(head: &Parts, parameters: &[(String, String)], anchor: &Anchor) -> Endpoint {
     let method = head.method.as_str();
     match head.extensions.get::<MatchedPath>() {
         Some(route) => {
