@@ -46,7 +46,7 @@ impl Post {
         Self { key: None, path: "/v1/submit".to_owned(), body }
     }
 
-    /// The same with another body, under the same key: what a client must not send.
+    /// The same key for something else: a mistake, which the server refuses.
     #[must_use]
     pub fn with_body(self, body: Value) -> Self {
         Self { body, ..self }

@@ -36,13 +36,13 @@ impl Disk {
 async fn between_prepare_and_submit() {
     let disk = Disk::new();
     let server = disk.start(&[]);
-    let original = send(keyed(&server, PREPARE, KEY, &transfer(1))).await;
+    let original = send(keyed(&server, PREPARE, KEY, &transfer(2_500))).await;
     let event_id = event_of(&original);
     server.crash();
 
     let server = disk.start(&[]);
     // Whoever has the id goes on from there; who has only the key gets the id.
-    send(keyed(&server, PREPARE, KEY, &transfer(1))).await.replays(&original);
+    send(keyed(&server, PREPARE, KEY, &transfer(2_500))).await.replays(&original);
     assert_eq!(event(&server, &event_id).await["phase"], "prepared");
     is_accepted(&send(submit(&server, &event_id, "5igned")).await);
     assert_eq!(feed(&server, BUYER, "").await.len(), 1);
@@ -58,15 +58,15 @@ async fn in_the_middle_of_a_submission() {
             let disk = Disk::new();
             let server = disk.start(&[]);
             let event_id = prepared(&server).await;
-            let request = |server: &Server, transaction: &str| {
-                let request = submit(server, &event_id, transaction);
+            let request = |server: &Server| {
+                let request = submit(server, &event_id, "5igned");
                 match key {
                     Some(key) => request.header("Idempotency-Key", key),
                     None => request,
                 }
             };
             server.behave(behaviour).await;
-            let running = server.begin(request(&server, "5igned")).await;
+            let running = server.begin(request(&server)).await;
             server.until(async || server.effects("transactions").await == on_the_chain).await;
             server.crash();
             assert!(running.await.is_err(), "there was an answer");
@@ -77,7 +77,7 @@ async fn in_the_middle_of_a_submission() {
             // Another transaction is refused from the start, for the first one may count.
             let other = send(submit(&server, &event_id, "0ther")).await;
             other.is_error(409, "event_already_submitted");
-            let request = request(&server, "5igned");
+            let request = request(&server);
             send(again(&request)).await.is_error(429, "in_progress");
             let retry = server.patiently(&request).await;
             is_accepted(&retry);

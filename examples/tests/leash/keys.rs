@@ -193,3 +193,15 @@ async fn without_a_known_api_key_it_is_a_401_with_a_key_and_without() {
         send(server.get("/v1/events")).await.is_error(401, "unauthorized");
     }
 }
+
+#[tokio::test]
+async fn a_key_on_a_read_is_ignored_and_the_client_is_told() {
+    for server in over_each_store(LEASH) {
+        for _ in 0..2 {
+            let read = server.get("/v1/events").header("X-API-Key", BUYER);
+            let answer = send(read.header("Idempotency-Key", KEY)).await;
+            assert_eq!((answer.status, answer.is_replay()), (200, false));
+            assert_eq!(answer.headers["idempotent-ignored"], "true");
+        }
+    }
+}

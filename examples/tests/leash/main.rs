@@ -65,7 +65,9 @@ fn receipt(receipt_hash: &str) -> Value {
     json!({ "network": "solana", "receipt_hash": receipt_hash })
 }
 
-fn signed(event: &str, transaction: &str) -> Value {
+/// What was prepared for an event of the buyer's, with this signature.
+fn signed(event: &str, signature: &str) -> Value {
+    let transaction = format!("solana:{event}:scout:seller:2500.{signature}");
     json!({ "event_id": event, "signed_transaction": transaction })
 }
 
@@ -77,12 +79,14 @@ fn event_of(answer: &Answer) -> String {
 async fn prepared(server: &Server) -> String {
     let answer = send(post(server, PREPARE, BUYER, &transfer(2_500))).await;
     answer.is_created();
-    event_of(&answer)
+    let event = event_of(&answer);
+    assert_eq!(answer.json()["transaction"], format!("solana:{event}:scout:seller:2500"));
+    event
 }
 
 /// The buyer's submission for an event, without a key.
-fn submit(server: &Server, event: &str, transaction: &str) -> RequestBuilder {
-    post(server, SUBMIT, BUYER, &signed(event, transaction))
+fn submit(server: &Server, event: &str, signature: &str) -> RequestBuilder {
+    post(server, SUBMIT, BUYER, &signed(event, signature))
 }
 
 /// The buyer's event, as it is now.

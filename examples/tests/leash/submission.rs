@@ -16,8 +16,9 @@ async fn the_second_call_is_a_200_and_asks_nobody() {
             repeats(&send(submit(&server, &event, "5igned")).await, &accepted);
         }
         // However the id is spelt, and with whatever key.
-        let spelt = submit(&server, &event.to_uppercase(), "5igned");
-        repeats(&send(spelt).await, &accepted);
+        let mut spelt = signed(&event, "5igned");
+        spelt["event_id"] = event.to_uppercase().into();
+        repeats(&send(post(&server, SUBMIT, BUYER, &spelt)).await, &accepted);
         let keyed = keyed(&server, SUBMIT, KEY, &signed(&event, "5igned"));
         repeats(&send(again(&keyed)).await, &accepted);
         repeats(&send(keyed).await, &accepted);
@@ -163,13 +164,20 @@ async fn an_event_that_is_not_the_callers_cannot_be_submitted() {
 #[tokio::test]
 async fn what_is_wrong_with_it_is_said_and_nothing_happens() {
     for server in over_each_store(LEASH) {
-        let event_id = prepared(&server).await;
+        let (event_id, another) = (prepared(&server).await, prepared(&server).await);
         for body in [
             json!({ "signed_transaction": "5igned" }),
             json!({ "event_id": "7", "signed_transaction": "5igned" }),
             json!({ "event_id": event_id }),
             json!({ "event_id": event_id, "signed_transaction": 7 }),
             json!({ "event_id": event_id, "signed_transaction": "" }),
+            json!({ "event_id": event_id, "signed_transaction": "5igned" }),
+            // Unsigned; and signed for another event.
+            signed(&event_id, ""),
+            json!({
+                "event_id": event_id,
+                "signed_transaction": signed(&another, "5igned")["signed_transaction"],
+            }),
         ] {
             let refused = send(post(&server, SUBMIT, BUYER, &body)).await;
             refused.is_error(400, "invalid");

@@ -2,10 +2,11 @@
 //!
 //! What it shows:
 //!
-//!  - Two anchors on one route. A submission is idempotent on its event, for ever: the same signed
-//!    transaction again is a 200 with `replayed`, and nobody asks the chain; another one is refused.
-//!    And under an `Idempotency-Key`, which every POST may have, the retry gets the 202 as it was.
-//!    Each has a record of its own.
+//!  - One layer over the whole API: any POST may have an `Idempotency-Key`, and a retry with it
+//!    gets the first answer as it was.
+//!  - Two anchors on one route. A submission is idempotent on its event too, for ever: the same
+//!    signed transaction again is a 200 with `replayed`, and nobody asks the chain; another one is
+//!    refused. Layer and handler each have a record of their own, and both hold.
 //!  - Event ids that need no key: they are derived from the operation, and are in the books before
 //!    the answer is sent. Whoever lost an answer finds the event in the feed, and whoever has the
 //!    id can submit from there, after whatever crash.
@@ -23,13 +24,14 @@
 //! Where the document is silent: `Idempotency-Key` is a header; a key with more than 64 characters
 //! is a 400. A route is a path as it was requested, so an agent's receipts are a route of their
 //! own. All that was decided is replayed under a key, refusals included (`Recording::Final`); after
-//! a 429 or a 5xx the same key runs again. What the chain refuses (422) leaves the event prepared,
+//! a 429 or a 5xx the same key runs again, and so it does where the event is what refused. What the chain refuses (422) leaves the event prepared,
 //! for another transaction; what it leaves open (502) does not. Who submits to the event of another
 //! API key is told that there is none. Receipts that are read by their owner are pulled by that,
 //! once. Phases of one event may arrive in another order than they came. `X-Leash-Signature` is
 //! `t=…,v1=…`: Unix seconds, and the HMAC-SHA-256 of those, a dot and the body, in hexadecimal
 //! digits, under a secret that the subscriber chose. Without a key, a repeated subscription is a
-//! second webhook. A signed transaction is any text, and its SHA-256 is its signature.
+//! second webhook. A signed transaction is what was prepared, a dot and any text; the signature by
+//! which the chain knows it is its SHA-256.
 //!
 //! `/_downstream` (the chain) and `/_effects` are aids of the demonstration. With `--store
 //! sqlite:PATH` the events are in a file beside idem's records, and outlive this process; what the
@@ -58,10 +60,10 @@
 //! # Submitted: 202. The same again: 200, replayed. Another transaction: 409.
 //! curl -i http://127.0.0.1:3005/v1/submit -H 'X-API-Key: buyer-1' \
 //!   -H 'Content-Type: application/json' \
-//!   -d '{"event_id":"'$EVENT'","signed_transaction":"5igned"}'
+//!   -d '{"event_id":"'$EVENT'","signed_transaction":"solana:'$EVENT':scout:seller:2500.5igned"}'
 //! curl -i http://127.0.0.1:3005/v1/submit -H 'X-API-Key: buyer-1' \
 //!   -H 'Content-Type: application/json' \
-//!   -d '{"event_id":"'$EVENT'","signed_transaction":"0ther"}'
+//!   -d '{"event_id":"'$EVENT'","signed_transaction":"solana:'$EVENT':scout:seller:2500.0ther"}'
 //!
 //! # What became of it; after ten seconds it is confirmed.
 //! curl -i http://127.0.0.1:3005/v1/events/$EVENT -H 'X-API-Key: buyer-1'
@@ -103,8 +105,7 @@ use axum::{
 use clap::Parser;
 use examples::{Downstream, Server, StoreChoice, Switches, asked_to_stop};
 use idem_runtime::{
-    Anchor, Format, Idempotency, IdempotentExt, Operation, Policy, REPLAYED, Recording, Scope,
-    idempotent,
+    Anchor, Format, Idempotency, Operation, Policy, REPLAYED, Recording, Scope, idempotent,
 };
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
@@ -169,10 +170,12 @@ async fn submit(
     State(app): State<App>,
     Payload(Signed { event_id, signed_transaction }): Payload<Signed>,
 ) -> Result<(StatusCode, Json<Submitted>), Error> {
-    if !(1..=4096).contains(&signed_transaction.len()) {
-        return Err(Error::invalid("`signed_transaction` is not a transaction"));
-    }
     let event = app.books.find(caller, event_id).await?.ok_or(Error::NO_EVENT)?;
+    let transaction = event["transaction"].as_str().ok_or(Error::NO_EVENT)?;
+    let signed = signed_transaction.strip_prefix(transaction);
+    if signed.and_then(|rest| rest.strip_prefix('.')).is_none_or(str::is_empty) {
+        return Err(Error::invalid("`signed_transaction` is not what was prepared, signed"));
+    }
     // A transaction is known by what was signed, as chains have it: however often these bytes are
     // broadcast, they are one. So there is no need of a derived key.
     let signature = hex::encode(Sha256::digest(&signed_transaction));
@@ -184,7 +187,6 @@ async fn submit(
         }
         // An attempt before this one came so far.
         _ if event["signature"] == *signature => {}
-        _ if event["transaction"].is_null() => return Err(Error::NO_EVENT),
         _ => return Err(Error::ALREADY_SUBMITTED),
     }
     Ok((StatusCode::ACCEPTED, Json(Submitted { event_id, signature })))
@@ -382,7 +384,9 @@ async fn run(Command { switches, ledger, receive }: Command) -> examples::Result
     }
 
     let ttl = switches.scaled(WINDOW);
-    let engine = engine.scope(API_KEY).ttl(ttl).refusals(refusals).build();
+    // No answer names its operation: a receipt's is the first poster's. Here events are what one
+    // asks about.
+    let engine = engine.scope(API_KEY).ttl(ttl).refusals(refusals).operation_header(None).build();
     let server = Server::bind(switches.port.unwrap_or(3005)).await?;
     let books = Books::open(&store).await?;
     let app = App { idem: engine.clone(), chain: downstream, books, switches };
@@ -398,12 +402,13 @@ async fn run(Command { switches, ledger, receive }: Command) -> examples::Result
 
 fn routes(app: App) -> Router {
     Router::new()
-        .route("/v1/prepare", post(prepare.idempotent(KEYED)))
-        .route("/v1/submit", post(submit.idempotent(KEYED)))
-        .route("/v1/receipts/{agent}", get(pull).post(publish.idempotent(KEYED)))
-        .route("/v1/webhooks", post(subscribe.idempotent(KEYED)))
+        .route("/v1/prepare", post(prepare))
+        .route("/v1/submit", post(submit))
+        .route("/v1/receipts/{agent}", get(pull).post(publish))
+        .route("/v1/webhooks", post(subscribe))
         .route("/v1/events", get(list_events))
         .route("/v1/events/{id}", get(show_event))
+        .route_layer(app.idem.layer(KEYED))
         .merge(app.chain.routes())
         .with_state(app)
 }
