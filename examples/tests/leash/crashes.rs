@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use sqlx::{ConnectOptions, sqlite::SqliteConnectOptions};
 use tempfile::TempDir;
 
 use super::{common::sqlite, *};
@@ -24,7 +25,17 @@ impl Disk {
         Server::start(LEASH, &[&["--store", &store, "--ledger", ledger], more].concat())
     }
 
-    /// As if the process had died after its books were written, and before idem's record was.
+    /// Takes idem's records back to what they were before their answers were recorded: as if the
+    /// process had died after it wrote its books.
+    async fn lose_answers(&self) {
+        let options = SqliteConnectOptions::new().filename(self.path().join("records.db"));
+        let mut records = options.connect().await.expect("the records");
+        let update = "UPDATE idem_records SET state = 1, lease_end = 0, payload = x''";
+        let lost = sqlx::query(update).execute(&mut records).await.expect("an update");
+        assert!(lost.rows_affected() > 0);
+    }
+
+    /// Takes them away altogether.
     fn lose_records(&self) {
         for end in ["", "-wal", "-shm"] {
             let _ = std::fs::remove_file(self.path().join(format!("records.db{end}")));
@@ -92,7 +103,53 @@ async fn in_the_middle_of_a_submission() {
 }
 
 #[tokio::test]
-async fn between_the_books_and_the_record_of_a_submission() {
+async fn between_the_books_and_the_record() {
+    let disk = Disk::new();
+    let server = disk.start(&[]);
+    let original = send(keyed(&server, PREPARE, KEY, &transfer(2_500))).await;
+    let event_id = event_of(&original);
+    let accepted = send(submit(&server, &event_id, "5igned")).await;
+    let published = send(post(&server, RECEIPTS, BUYER, &receipt(HASH))).await;
+    let before = feed(&server, BUYER, "").await;
+    server.crash();
+    disk.lose_answers().await;
+
+    let server = disk.start(&[]);
+    for (request, answer) in [
+        (keyed(&server, PREPARE, KEY, &transfer(2_500)), original),
+        (submit(&server, &event_id, "5igned"), accepted),
+        (post(&server, RECEIPTS, BUYER, &receipt(HASH)), published),
+    ] {
+        // It ran once more, and what it did was done.
+        let retry = send(request).await;
+        assert_eq!((retry.status, retry.is_replay()), (answer.status, false));
+        assert_eq!(retry.body, answer.body);
+    }
+    assert_eq!(feed(&server, BUYER, "").await, before);
+    assert_eq!(server.calls().await, 0);
+    assert_eq!((server.effects("events").await, server.effects("receipts").await), (0, 0));
+}
+
+#[tokio::test]
+async fn between_the_books_and_the_record_of_a_receipt_that_the_other_party_posts_next() {
+    let disk = Disk::new();
+    let server = disk.start(&[]);
+    send(post(&server, RECEIPTS, BUYER, &receipt(HASH))).await.is_created();
+    server.crash();
+    disk.lose_answers().await;
+
+    let server = disk.start(&[]);
+    for api_key in [SELLER, BUYER, SELLER] {
+        let second = send(post(&server, RECEIPTS, api_key, &receipt(HASH))).await;
+        assert_eq!(second.json(), json!({ "duplicate": true, "event_id": null }));
+    }
+    assert_eq!(feed(&server, SELLER, "").await, [Value::Null; 0]);
+    assert_eq!(feed(&server, BUYER, "").await.len(), 1);
+}
+
+/// The books alone know enough for that.
+#[tokio::test]
+async fn without_any_record_an_event_still_has_one_transaction() {
     let disk = Disk::new();
     let server = disk.start(&[]);
     let event_id = prepared(&server).await;
@@ -107,24 +164,6 @@ async fn between_the_books_and_the_record_of_a_submission() {
     is_accepted(&retry);
     assert_eq!(retry.body, accepted.body);
     assert_eq!(server.calls().await, 0);
-}
-
-#[tokio::test]
-async fn between_the_books_and_the_record_of_a_receipt_that_somebody_else_posts_again() {
-    let disk = Disk::new();
-    let server = disk.start(&[]);
-    let published = send(post(&server, RECEIPTS, BUYER, &receipt(HASH))).await;
-    published.is_created();
-    server.crash();
-    disk.lose_records();
-
-    let server = disk.start(&[]);
-    for _ in 0..2 {
-        let second = send(post(&server, RECEIPTS, SELLER, &receipt(HASH))).await;
-        assert_eq!(second.json(), json!({ "duplicate": true, "event_id": null }));
-    }
-    assert_eq!(feed(&server, SELLER, "").await, [Value::Null; 0]);
-    assert_eq!(feed(&server, BUYER, "").await.len(), 1);
 }
 
 #[tokio::test]
@@ -157,8 +196,11 @@ async fn before_the_confirmation() {
         ids.push(id);
     }
     server.behave(json!({ "answer_ms": 5_000, "only": "confirmations" })).await;
-    // The chain was asked about one of them, and its answer is under way.
-    server.until(async || server.effects("confirmations").await == 1).await;
+    // The chain was asked, and its answers are under way.
+    server.until(async || server.effects("confirmations").await > 0).await;
+    for id in &ids {
+        assert_eq!(event(&server, id).await["phase"], "submitted");
+    }
     server.crash();
 
     let server = disk.start(FAST);

@@ -1,7 +1,9 @@
 //! Submit is idempotent on `event_id`.
 
+use tempfile::TempDir;
+
 use super::{
-    common::{all, answer_lost, failing, slow},
+    common::{all, answer_lost, failing, slow, sqlite},
     *,
 };
 
@@ -93,6 +95,23 @@ async fn of_many_workers_and_two_transactions_one_reaches_the_chain() {
         assert!(count(429) > 0, "the test was too slow");
         assert_eq!(server.effects("transactions").await, 1);
     }
+}
+
+#[tokio::test]
+async fn of_two_servers_over_one_store_one_reaches_the_chain() {
+    let directory = TempDir::new().unwrap();
+    let store = sqlite(directory.path());
+    let servers = [(); 2].map(|()| Server::start(LEASH, &["--store", &store]));
+    let event = prepared(&servers[0]).await;
+    for server in &servers {
+        server.behave(slow()).await;
+    }
+    let requests = (0..40).map(|n| submit(&servers[n % 2], &event, "5igned"));
+    let answers = all(requests).await;
+    let count = |status| answers.iter().filter(|answer| answer.status == status).count();
+    assert_eq!((count(202), count(429) + count(200)), (1, 39));
+    let [here, there] = [&servers[0], &servers[1]].map(|server| server.effects("transactions"));
+    assert_eq!(here.await + there.await, 1);
 }
 
 #[tokio::test]

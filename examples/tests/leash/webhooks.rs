@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use super::{
-    common::{all, answer_lost, send_at_once, sqlite},
+    common::{answer_lost, send_at_once, sqlite},
     *,
 };
 

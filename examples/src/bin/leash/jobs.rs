@@ -44,17 +44,20 @@ pub(crate) async fn confirm(app: App) {
 }
 
 async fn confirm_due(app: &App) -> Result<(), sqlx::Error> {
-    for Awaited { id, signature } in app.books.awaited(app.switches.scaled(FINAL_AFTER)).await? {
-        match app.chain.call("confirmations", &signature).await {
-            Ok(()) => app.books.settle(id, None).await?,
-            Err(failure) if failure.is_refusal() => {
-                app.books.settle(id, Some("the chain dropped this transaction")).await?;
-            }
-            // Nobody knows: the chain is asked again.
-            Err(_) => {}
+    let awaited = app.books.awaited(app.switches.scaled(FINAL_AFTER)).await?;
+    let asked: JoinSet<_> = awaited.into_iter().map(|it| settle(app.clone(), it)).collect();
+    asked.join_all().await.into_iter().collect()
+}
+
+async fn settle(app: App, Awaited { id, signature }: Awaited) -> Result<(), sqlx::Error> {
+    match app.chain.call("confirmations", &signature).await {
+        Ok(()) => app.books.settle(id, None).await,
+        Err(failure) if failure.is_refusal() => {
+            app.books.settle(id, Some("the chain dropped this transaction")).await
         }
+        // Nobody knows: the chain is asked again.
+        Err(_) => Ok(()),
     }
-    Ok(())
 }
 
 /// What deliveries are sent with. They go where they were subscribed for, and nowhere else.
