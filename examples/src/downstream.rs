@@ -337,6 +337,15 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_answer_can_take_longer_than_its_effect() {
+        let downstream = Downstream::default();
+        downstream.inner().behaviour.answer_ms = 60_000;
+        let call = downstream.call("charge", "a");
+        assert!(tokio::time::timeout(Duration::from_millis(100), call).await.is_err());
+        assert_eq!(charges(&downstream), 1);
+    }
+
+    #[tokio::test]
     async fn it_remembers_what_its_ledger_says() {
         let directory = tempfile::tempdir().unwrap();
         let ledger = directory.path().join("ledger");

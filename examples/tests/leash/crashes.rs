@@ -187,8 +187,8 @@ async fn after_an_answer_nothing_is_forgotten() {
 #[tokio::test]
 async fn before_the_confirmation() {
     let disk = Disk::new();
-    // Two and a half seconds.
-    let server = disk.start(&["--time-scale", "4"]);
+    // Five seconds.
+    let server = disk.start(&["--time-scale", "2"]);
     let mut ids = Vec::new();
     for n in 0..5 {
         let id = prepared(&server).await;

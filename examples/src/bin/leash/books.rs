@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use alloy_primitives::B256;
 use examples::StoreChoice;
 use serde::Deserialize;
 use serde_json::Value;
@@ -78,6 +79,21 @@ pub(crate) struct Filter {
     limit: Option<u32>,
 }
 
+/// An event, as it begins.
+pub(crate) struct Begun<'a> {
+    pub(crate) agent: &'a str,
+    pub(crate) network: Network,
+    pub(crate) subject: Subject<'a>,
+}
+
+/// What an event is about.
+pub(crate) enum Subject<'a> {
+    /// What is to be signed.
+    Transaction(&'a str),
+    /// By its hash.
+    Receipt(B256),
+}
+
 /// A transaction that waits to be confirmed.
 pub(crate) struct Awaited {
     pub(crate) id: Uuid,
@@ -113,19 +129,19 @@ impl Books {
         Ok(Self(pool))
     }
 
-    /// Begins a transaction; whether it had not begun before.
-    pub(crate) async fn prepare(
-        &self,
-        caller: Caller,
-        id: Uuid,
-        agent: &str,
-        network: Network,
-        payload: &str,
-    ) -> Result<bool> {
-        let insert = "INSERT INTO leash_events (id, owner, agent, network, phase, payload) \
-             VALUES (?, ?, ?, ?, 'prepared', ?) ON CONFLICT DO NOTHING";
+    /// Writes an event down, unless it is there already; whether it was not.
+    pub(crate) async fn begin(&self, caller: Caller, id: Uuid, event: Begun<'_>) -> Result<bool> {
+        let Begun { agent, network, subject } = event;
+        let (phase, payload, receipt_hash) = match subject {
+            Subject::Transaction(payload) => (Phase::Prepared, Some(payload), None),
+            Subject::Receipt(hash) => (Phase::Published, None, Some(hash.to_string())),
+        };
+        let insert = "INSERT INTO leash_events \
+             (id, owner, agent, network, phase, payload, receipt_hash) \
+             VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING";
         let insert = sqlx::query(insert).bind(id.to_string()).bind(caller.id).bind(agent);
-        let inserted = insert.bind(network.name()).bind(payload).execute(&self.0).await?;
+        let insert = insert.bind(network.name()).bind(phase.name()).bind(payload);
+        let inserted = insert.bind(receipt_hash).execute(&self.0).await?;
         Ok(inserted.rows_affected() > 0)
     }
 
@@ -157,22 +173,6 @@ impl Books {
             "UPDATE leash_events SET phase = ?, error = ? WHERE id = ? AND phase = 'submitted'";
         let update = sqlx::query(update).bind(phase.name()).bind(error).bind(id.to_string());
         update.execute(&self.0).await.map(drop)
-    }
-
-    /// Takes a receipt in, unless it is there already; whether it was not.
-    pub(crate) async fn publish(
-        &self,
-        caller: Caller,
-        id: Uuid,
-        agent: &str,
-        network: Network,
-        receipt_hash: &str,
-    ) -> Result<bool> {
-        let insert = "INSERT INTO leash_events (id, owner, agent, network, phase, receipt_hash) \
-             VALUES (?, ?, ?, ?, 'receipt.published', ?) ON CONFLICT DO NOTHING";
-        let insert = sqlx::query(insert).bind(id.to_string()).bind(caller.id).bind(agent);
-        let inserted = insert.bind(network.name()).bind(receipt_hash).execute(&self.0).await?;
-        Ok(inserted.rows_affected() > 0)
     }
 
     /// The caller's receipts of an agent, which are pulled by this.

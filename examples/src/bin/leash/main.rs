@@ -114,7 +114,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::{
-    books::{Books, Filter, Network},
+    books::{Begun, Books, Filter, Network, Subject},
     callers::{API_KEY, API_KEYS, Caller},
     errors::{Error, body_refusals, refusals},
 };
@@ -151,7 +151,8 @@ async fn prepare(
     // Every attempt prepares the same event.
     let event_id = operation.derive("event").as_uuid();
     let transaction = format!("{}:{event_id}:{agent}:{to}:{amount}", network.name());
-    if app.books.prepare(caller, event_id, &agent, network, &transaction).await? {
+    let subject = Subject::Transaction(&transaction);
+    if app.books.begin(caller, event_id, Begun { agent: &agent, network, subject }).await? {
         app.chain.happened("events");
     }
     Ok((StatusCode::CREATED, Json(Prepared { event_id, phase: "prepared", transaction })))
@@ -208,7 +209,8 @@ async fn publish(
     Payload(Receipt { network, receipt_hash }): Payload<Receipt>,
 ) -> Result<(StatusCode, Json<Published>), Error> {
     let id = operation.derive("event").as_uuid();
-    let new = app.books.publish(caller, id, &agent, network, &receipt_hash.to_string()).await?;
+    let subject = Subject::Receipt(receipt_hash);
+    let new = app.books.begin(caller, id, Begun { agent: &agent, network, subject }).await?;
     if new {
         app.chain.happened("receipts");
     }
