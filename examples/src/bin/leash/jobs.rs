@@ -36,27 +36,30 @@ const TICK: Duration = Duration::from_millis(50);
 /// Confirms what was submitted, for ever.
 pub(crate) async fn confirm(app: App) {
     loop {
-        if let Err(error) = confirm_due(&app).await {
-            eprintln!("the books: {error}");
+        match app.books.awaited(app.switches.scaled(FINAL_AFTER)).await {
+            Ok(awaited) => {
+                let mut asked: JoinSet<_> =
+                    awaited.into_iter().map(|it| settle(app.clone(), it)).collect();
+                while asked.join_next().await.is_some() {}
+            }
+            Err(error) => eprintln!("the books: {error}"),
         }
         tokio::time::sleep(TICK).await;
     }
 }
 
-async fn confirm_due(app: &App) -> Result<(), sqlx::Error> {
-    let awaited = app.books.awaited(app.switches.scaled(FINAL_AFTER)).await?;
-    let asked: JoinSet<_> = awaited.into_iter().map(|it| settle(app.clone(), it)).collect();
-    asked.join_all().await.into_iter().collect()
-}
-
-async fn settle(app: App, Awaited { id, signature }: Awaited) -> Result<(), sqlx::Error> {
-    match app.chain.call("confirmations", &signature).await {
+/// Asks once. Until the books say how it ended, the chain will be asked again.
+async fn settle(app: App, Awaited { id, signature }: Awaited) {
+    let ended = match app.chain.call("confirmations", &signature).await {
         Ok(()) => app.books.settle(id, None).await,
         Err(failure) if failure.is_refusal() => {
             app.books.settle(id, Some("the chain dropped this transaction")).await
         }
-        // Nobody knows: the chain is asked again.
+        // Nobody knows.
         Err(_) => Ok(()),
+    };
+    if let Err(error) = ended {
+        eprintln!("the books: {error}");
     }
 }
 

@@ -360,7 +360,8 @@ struct Command {
     /// A file in which the simulated chain, or what a receiver books in, remembers what it did
     #[arg(long, value_name = "PATH")]
     ledger: Option<PathBuf>,
-    /// Be a receiver of webhooks instead, at /hooks, whose deliveries are signed with this secret
+    /// Be a receiver of webhooks instead, at /hooks, whose deliveries are signed with this secret;
+    /// its port is 3006 by default
     #[arg(long, value_name = "SECRET")]
     receive: Option<String>,
 }
