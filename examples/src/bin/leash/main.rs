@@ -23,15 +23,16 @@
 //!
 //! Where the document is silent: `Idempotency-Key` is a header; a key with more than 64 characters
 //! is a 400. A route is a path as it was requested, so an agent's receipts are a route of their
-//! own. All that was decided is replayed under a key, refusals included (`Recording::Final`); after
-//! a 429 or a 5xx the same key runs again, and so it does where the event is what refused. What the chain refuses (422) leaves the event prepared,
-//! for another transaction; what it leaves open (502) does not. Who submits to the event of another
-//! API key is told that there is none. Receipts that are read by their owner are pulled by that,
-//! once. Phases of one event may arrive in another order than they came. `X-Leash-Signature` is
-//! `t=…,v1=…`: Unix seconds, and the HMAC-SHA-256 of those, a dot and the body, in hexadecimal
-//! digits, under a secret that the subscriber chose. Without a key, a repeated subscription is a
-//! second webhook. A signed transaction is what was prepared, a dot and any text; the signature by
-//! which the chain knows it is its SHA-256.
+//! own. All that a handler decided is replayed under a key, its refusals included
+//! (`Recording::Final`); after a 429 or a 5xx the same key runs again, and so it does where it was
+//! the event that refused. What the chain refuses (422) leaves the event prepared, for another
+//! transaction; what it leaves open (502) does not. Who submits to the event of another API key is
+//! told that there is none. Receipts that are read by their owner are pulled by that, once. Phases
+//! of one event may arrive in another order than they came. `X-Leash-Signature` is `t=…,v1=…`: Unix
+//! seconds, and the HMAC-SHA-256 of those, a dot and the body, in hexadecimal digits, under a
+//! secret that the subscriber chose. Without a key, a repeated subscription is a second webhook. A
+//! signed transaction is what was prepared, a dot and any text; the signature by which the chain
+//! knows it is its SHA-256.
 //!
 //! `/_downstream` (the chain) and `/_effects` are aids of the demonstration. With `--store
 //! sqlite:PATH` the events are in a file beside idem's records, and outlive this process; what the
@@ -78,7 +79,7 @@
 //!   -d '{"network":"solana","receipt_hash":"2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"}'
 //! curl -i http://127.0.0.1:3005/v1/receipts/scout -H 'X-API-Key: buyer-1'
 //!
-//! # What really happened; here, and at the receiver.
+//! # What really happened. (At the receiver: the same on port 3006.)
 //! curl -i http://127.0.0.1:3005/_effects
 //! ```
 
