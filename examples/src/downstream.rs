@@ -58,6 +58,8 @@ pub struct Behaviour {
     pub status: u16,
     /// So long each call takes.
     pub latency_ms: u64,
+    /// So long its answer takes after that.
+    pub answer_ms: u64,
     /// The failing calls fail after their effect happened: only their answer is lost.
     pub after_effect: bool,
     /// Only calls for this effect fail, by its name in `/_effects`; any call if it is absent.
@@ -67,7 +69,7 @@ pub struct Behaviour {
 
 impl Default for Behaviour {
     fn default() -> Self {
-        Self { fail: 0, status: 503, latency_ms: 0, after_effect: false, only: None }
+        Self { fail: 0, status: 503, latency_ms: 0, answer_ms: 0, after_effect: false, only: None }
     }
 }
 
@@ -150,9 +152,11 @@ impl Downstream {
     ) -> Result<(), Failure> {
         let downstream = self.clone();
         let call = tokio::spawn(async move {
-            let (latency, failure, after_effect) = downstream.inner().begin(effect);
-            tokio::time::sleep(latency).await;
-            downstream.inner().end(effect, key, place, failure, after_effect)
+            let ([work, answer], failure, after_effect) = downstream.inner().begin(effect);
+            tokio::time::sleep(work).await;
+            let done = downstream.inner().end(effect, key, place, failure, after_effect);
+            tokio::time::sleep(answer).await;
+            done
         });
         call.await.unwrap_or(Err(Failure(StatusCode::BAD_GATEWAY)))
     }
@@ -172,15 +176,16 @@ impl Downstream {
 
 impl Inner {
     /// What becomes of a call that begins now.
-    fn begin(&mut self, effect: &str) -> (Duration, Option<Failure>, bool) {
+    fn begin(&mut self, effect: &str) -> ([Duration; 2], Option<Failure>, bool) {
         self.calls += 1;
-        let Behaviour { fail, status, latency_ms, after_effect, ref only } = self.behaviour;
+        let Behaviour { fail, status, latency_ms, answer_ms, after_effect, ref only } =
+            self.behaviour;
         let fails = fail > 0 && only.as_ref().is_none_or(|only| only == effect);
         let failure = fails.then(|| StatusCode::from_u16(status).ok().map(Failure)).flatten();
         if fails {
             self.behaviour.fail = fail - 1;
         }
-        (Duration::from_millis(latency_ms), failure, after_effect)
+        ([latency_ms, answer_ms].map(Duration::from_millis), failure, after_effect)
     }
 
     /// What it answers.
@@ -329,6 +334,15 @@ mod tests {
         assert_eq!(downstream.call("charge", "a").await, Ok(()));
         assert!(downstream.call("refund", "a").await.is_err());
         assert_eq!(downstream.call("refund", "a").await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn an_answer_can_take_longer_than_its_effect() {
+        let downstream = Downstream::default();
+        downstream.inner().behaviour.answer_ms = 60_000;
+        let call = downstream.call("charge", "a");
+        assert!(tokio::time::timeout(Duration::from_millis(100), call).await.is_err());
+        assert_eq!(charges(&downstream), 1);
     }
 
     #[tokio::test]

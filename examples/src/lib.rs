@@ -9,6 +9,7 @@ mod downstream;
 mod server;
 mod switches;
 pub mod wallet;
+pub mod webhooks;
 
 use std::{error::Error, process::ExitCode};
 

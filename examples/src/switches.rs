@@ -11,7 +11,7 @@ use crate::Result;
 #[derive(Args, Clone, Debug)]
 pub struct Switches {
     /// The port on 127.0.0.1; 0 takes any that is free [default: 3000 for quickstart, 3001 for
-    /// nora, 3002 for pirate, 3003 for portfolio, 3004 for skadi]
+    /// nora, 3002 for pirate, 3003 for portfolio, 3004 for skadi, 3005 for leash]
     #[arg(long)]
     pub port: Option<u16>,
     /// Where idem keeps its records: `memory`, or `sqlite:PATH` [default: sqlite:quickstart.db for

@@ -7,6 +7,8 @@
 #![cfg(test)]
 
 mod common;
+#[path = "clients/leash.rs"]
+mod leash;
 
 use std::{env, fmt::Debug, iter, sync::Arc, time::Duration};
 

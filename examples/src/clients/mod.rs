@@ -5,6 +5,7 @@
 //! are worth another attempt is each document's own business, and so is its key; the key is part
 //! of the operation, made before the first attempt.
 
+mod leash;
 mod nora;
 mod pirate;
 mod portfolio;
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 pub use self::{
+    leash::{Leash, LeashError, Post},
     nora::{Intent, Nora, NoraError, Ramp},
     pirate::{Pirate, PirateError, Write},
     portfolio::{PortfolioError, Portfolios, Signed, Wish},

@@ -63,8 +63,13 @@ pub(crate) fn sqlite(directory: &Path) -> String {
 impl Server {
     /// Starts a program and waits until it listens.
     pub(crate) fn start(program: &str, switches: &[&str]) -> Self {
+        Self::start_on(0, program, switches)
+    }
+
+    /// The same on a port that others know.
+    pub(crate) fn start_on(port: u16, program: &str, switches: &[&str]) -> Self {
         let mut child = Command::new(program)
-            .args(["--port", "0"])
+            .args(["--port", &port.to_string()])
             .args(switches)
             .stdout(Stdio::piped())
             .spawn()
@@ -142,7 +147,8 @@ impl Server {
         task
     }
 
-    async fn calls(&self) -> u64 {
+    /// How many calls of the downstream have begun.
+    pub(crate) async fn calls(&self) -> u64 {
         send(self.get("/_downstream")).await.json()["calls"].as_u64().expect("a number")
     }
 
@@ -161,7 +167,7 @@ impl Server {
     pub(crate) async fn patiently(&self, request: &RequestBuilder) -> Answer {
         for _ in 0..200 {
             let answer = send(request.try_clone().expect("a plain body")).await;
-            if answer.status != 409 || answer.headers.get("retry-after").is_none() {
+            if ![409, 429].contains(&answer.status) || answer.headers.get("retry-after").is_none() {
                 return answer;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
