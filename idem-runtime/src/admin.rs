@@ -13,7 +13,9 @@ use crate::{
     observer::{Event, Outcome},
     policy::DEFAULT_LEASE,
     record::{FORMAT, Flags, Record, RecordedResponse, Ttl},
-    store::{Claim, Claimed, Completion, Listing, Page, Purge, Purged, StoreError, Written},
+    store::{
+        Claim, Claimed, Completion, Listing, Page, Purge, Purged, Signal, StoreError, Written,
+    },
 };
 
 /// How long one call may take that looks through all records.
@@ -322,6 +324,7 @@ impl Admin<'_> {
         match written {
             Ok(Written::Done) => {
                 self.shared.waits.ended(&claimed.key);
+                self.shared.signal(Signal::Ended(claimed.key));
                 self.tell(outcome, &claimed.operation, Some(claimed));
                 Ok(())
             }

@@ -231,7 +231,7 @@ async fn what_is_not_unsettled_is_refused_and_left_alone(ground: Ground) {
     // Its answer is larger than the limit, so that a tombstone is left.
     running.await.expect("an answer");
     let tombstone = found(&shop.engine, id).await.expect("a record").0;
-    assert!(matches!(tombstone, Became::Tombstone { status: 201 }), "{tombstone:?}");
+    assert!(matches!(tombstone, Became::Tombstone { status: Some(201) }), "{tombstone:?}");
     assert!(matches!(refused(id).await, SettleError::AlreadySettled));
 
     let id = unsettled(&shop, "settled").await;

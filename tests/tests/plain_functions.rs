@@ -337,11 +337,12 @@ async fn an_error_is_an_unknown_outcome_and_the_next_attempt_the_same_operation(
     }
     let value = called(&shop, "e", "ok").await.unwrap();
     assert_eq!((value.attempt, shop.effects.count()), (3, 3));
-    let seen = SEEN.lock().expect("a lock");
-    let of_it: Vec<_> = seen.iter().filter(|seen| seen.id == value.id).collect();
+    let of_it: Vec<_> = {
+        let seen = SEEN.lock().expect("a lock");
+        seen.iter().filter(|seen| seen.id == value.id).cloned().collect()
+    };
     assert_eq!(of_it.iter().map(|seen| seen.attempt).collect::<Vec<_>>(), [1, 2, 3]);
     assert!(of_it.iter().all(|seen| seen.key == value.key), "one key for the downstream");
-    drop(seen);
     assert_eq!(called(&shop, "e", "fails").await.unwrap(), value, "the value is final");
 }
 

@@ -278,8 +278,14 @@ fn show(found: &Found, with_answer: bool) {
             let RecordedResponse { status, headers, body } = answer;
             format!("completed: {status} (headers: {}, body: {} bytes)", headers.len(), body.len())
         }
-        Became::Tombstone { status } => {
+        Became::Completed(Answer::Value(value)) => {
+            format!("completed: a value of {} bytes", value.json.len())
+        }
+        Became::Tombstone { status: Some(status) } => {
             format!("completed: {status}, whose answer could not be kept")
+        }
+        Became::Tombstone { status: None } => {
+            "completed, with a value that could not be kept".to_owned()
         }
         other => format!("{other:?}"),
     };
@@ -288,12 +294,18 @@ fn show(found: &Found, with_answer: bool) {
     println!("made       {} ago", time(record.age));
     println!("kept       {}", for_time(record.kept_left));
     println!("scope      {:?}", record.scope);
-    if let (true, Became::Completed(Answer::Response(answer))) = (with_answer, &found.became) {
-        println!();
-        for (name, value) in &answer.headers {
-            println!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(value));
+    match &found.became {
+        Became::Completed(Answer::Response(answer)) if with_answer => {
+            println!();
+            for (name, value) in &answer.headers {
+                println!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(value));
+            }
+            println!("\n{}", String::from_utf8_lossy(&answer.body));
         }
-        println!("\n{}", String::from_utf8_lossy(&answer.body));
+        Became::Completed(Answer::Value(value)) if with_answer => {
+            println!("\n{}", String::from_utf8_lossy(&value.json));
+        }
+        _ => {}
     }
 }
 
