@@ -6,6 +6,7 @@
 
 mod calls;
 mod failure;
+mod manage;
 mod row;
 mod schema;
 
@@ -27,16 +28,16 @@ use sqlx::{
 use tokio::time::{sleep, timeout};
 
 use self::{
-    calls::{Call, Change, Complete, Find, List, Open, PurgeKey, PurgeScope, Read, Renew, Sweep},
+    calls::{Call, Change, Complete, Open, Read, Renew, Sweep},
     failure::{Failure, Remedy},
     schema::{Check, CreateSchema},
 };
 use super::{
-    Checkpoint, Claim, Claimed, Completion, Issue, Listing, Manage, Page, Purge, Purged, Renewal,
-    Store, StoreError, StoreErrorKind, Written,
+    Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
+    StoreErrorKind, Written,
 };
 use crate::{
-    key::{Key, OperationId, Token},
+    key::{Key, Token},
     record::Record,
 };
 
@@ -358,8 +359,8 @@ impl Store for MySqlStore {
             while removed < limit {
                 let at_once = SWEPT_AT_ONCE.min(limit - removed);
                 let swept = self.call(&Sweep(at_once)).await?;
-                removed += swept;
-                if swept < at_once {
+                removed += swept.removed;
+                if !swept.more {
                     break;
                 }
             }
@@ -369,38 +370,5 @@ impl Store for MySqlStore {
 
     fn manage(&self) -> Option<&dyn Manage> {
         Some(self)
-    }
-}
-
-impl Manage for MySqlStore {
-    fn find<'a>(
-        &'a self,
-        operation_id: &'a OperationId,
-    ) -> BoxFuture<'a, Result<Option<Record>, StoreError>> {
-        Box::pin(async move { self.call(&Find(operation_id)).await })
-    }
-
-    fn list<'a>(&'a self, listing: &'a Listing) -> BoxFuture<'a, Result<Page, StoreError>> {
-        Box::pin(async move { self.call(&List(listing)).await })
-    }
-
-    fn purge<'a>(&'a self, purge: &'a Purge) -> BoxFuture<'a, Result<Purged, StoreError>> {
-        Box::pin(async move {
-            match purge {
-                Purge::Key(key) => self.call(&PurgeKey(key)).await,
-                Purge::Scope { scope, limit } => {
-                    let mut all = Purged::default();
-                    loop {
-                        let limit = SWEPT_AT_ONCE.min(limit - all.removed);
-                        let purged = self.call(&PurgeScope { scope, limit }).await?;
-                        all.removed += purged.removed;
-                        all.running = purged.running;
-                        if purged.removed < limit || limit == 0 {
-                            return Ok(all);
-                        }
-                    }
-                }
-            }
-        })
     }
 }
