@@ -30,6 +30,7 @@
 //! | feature | |
 //! |---|---|
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
+//! | `mysql` | `store::MySqlStore`, which many processes share, on MySQL or MariaDB |
 //! | `testing` | the laws of the [`Store`](store::Store) trait as public tests |
 //!
 //! None is on by default; the memory store needs none.
