@@ -79,7 +79,8 @@ const SWEPT_AT_ONCE: usize = 500;
 /// How durable an answer is, the server's settings say: with `innodb_flush_log_at_trx_commit = 1`
 /// and `sync_binlog = 1` it is on the disk. A replica that takes over before it has received the
 /// last claims does not know them, and their requests may run a second time: use semi-synchronous
-/// or group replication where that matters.
+/// or group replication where that matters. Replicated by statement (`binlog_format = STATEMENT`,
+/// which is nobody's default), each renewal and each sweep leaves a warning in the server's log.
 ///
 /// # Connections
 ///
