@@ -6,6 +6,9 @@
 directory=$1
 shift
 server=
+# The kernel hangs up on a process group whose parent ends while one of its processes is stopped: a
+# server that was paused, or one that this shell has just begun to end.
+trap : HUP
 
 # A process id may be somebody else's once ours is gone.
 ours() {
@@ -41,4 +44,8 @@ for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     kill -0 "$server" 2>/dev/null && sleep 0.05
 done
 each KILL
-rm -rf "$directory"
+# What the server has started may go on writing for a moment, as MariaDB's installation does.
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    rm -rf "$directory" 2>/dev/null && break
+    sleep 0.5
+done
