@@ -68,7 +68,8 @@ const NOTICE_INTERVAL: Duration = Duration::from_secs(5);
 ///
 /// - **A server that is killed or loses power** comes back with what is on its disk. Without
 ///   `appendonly yes` that is the last snapshot, minutes old or none. With it, `appendfsync always`
-///   loses nothing that was answered, `everysec` up to about two seconds.
+///   loses nothing that was answered; `everysec` loses up to about two seconds, and also when only
+///   the process is killed, since it puts writes off while it flushes.
 /// - **A failover** (Sentinel, Redis Cluster, a managed service) promotes a replica, which may not
 ///   have received the last writes, usually those of some milliseconds and, behind a slow network,
 ///   more. A master that is cut off goes on answering for some time (`cluster-node-timeout`), and
