@@ -46,6 +46,11 @@ async fn redis_removes_what_is_over_by_itself() {
     store.claim(&brief).await.expect("an answer");
     let answer = Completion { ttl: Ttl::For(Duration::from_millis(50)), ..answer_of(&brief, b"") };
     assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    let at_once = any_claim();
+    store.claim(&at_once).await.expect("an answer");
+    let answer = Completion { ttl: Ttl::For(Duration::ZERO), ..answer_of(&at_once, b"") };
+    assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    assert_eq!(store.read(&at_once.key).await.expect("an answer"), None);
     let endless = Claim { ttl: Ttl::Forever, ..any_claim() };
     store.claim(&endless).await.expect("an answer");
     let left = expiry(&mut connection, &name(&prefix, &endless.key));
