@@ -491,8 +491,8 @@ impl Store for RedisStore {
     }
 
     /// Redis removes what is over by itself, at once where somebody asks for it and otherwise
-    /// sooner or later. A sweep hastens that a little: it looks at a thousand keys, or at as many
-    /// as it may remove if that is more, from where the last one ended.
+    /// sooner or later. A sweep hastens that a little: it looks at a thousand keys of each server,
+    /// or at as many as it may remove if that is more, from where the last one ended.
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(self.0.sweep(limit))
     }

@@ -6,7 +6,8 @@ use futures_util::future::join_all;
 use idem_runtime::{
     FORMAT, OperationId, Token, Ttl,
     store::{
-        Checkpoint, Claim, Claimed, Completion, RedisStore, Renewal, Store, StoreErrorKind, Written,
+        Checkpoint, Claim, Claimed, Completion, Kind, Listing, Purge, RedisStore, Renewal, Store,
+        StoreErrorKind, Written,
     },
 };
 use redis::{Client, Cmd, Commands as _};
@@ -158,11 +159,22 @@ async fn what_is_no_record_is_refused_and_kept() {
         assert_eq!(kinds, [kind; 4], "{bytes:?}");
         let kept: Vec<u8> = connection.get(&name).expect("an answer");
         assert_eq!(kept, bytes, "what cannot be read is not touched");
+        if kind == StoreErrorKind::Corrupt {
+            let purge = Purge::Key(claim.key);
+            let purged = store.manage().expect("a search").purge(&purge).await;
+            assert_eq!(purged.expect("an answer").removed, 1, "{bytes:?}");
+            let _: () = connection.set(&name, &bytes).expect("an answer");
+        }
     }
     let claim = any_claim();
     let _: () = connection.lpush(name(&prefix, &claim.key), "a list").expect("an answer");
     let refused = store.claim(&claim).await.expect_err("a list is no record");
     assert_eq!(refused.kind(), StoreErrorKind::Corrupt);
+
+    let all = Listing { kind: Kind::Any, scope: None, after: None, limit: 100 };
+    let listed = store.manage().expect("a search").list(&all).await.expect("what can be read");
+    assert!(listed.records.iter().any(|record| record.key == sound.key), "{listed:?}");
+    assert_eq!(store.sweep(usize::MAX).await.expect("what can be read"), 0);
 }
 
 #[tokio::test]
