@@ -6,6 +6,8 @@
 directory=$1
 shift
 server=
+# Which the system sends to all of a group whose last parent ends while one of it is stopped.
+trap '' HUP
 
 # A process id may be somebody else's once ours is gone.
 ours() {
