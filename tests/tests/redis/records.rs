@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use idem_runtime::{
-    FORMAT, Token, Ttl,
+    FORMAT, OperationId, Token, Ttl,
     store::{
-        Checkpoint, Claim, Claimed, Completion, RedisStore, Renewal, Store, StoreErrorKind, Written,
+        Checkpoint, Claim, Claimed, Completion, Kind, Listing, Purge, RedisStore, Renewal, Store,
+        StoreErrorKind, Written,
     },
 };
 use redis::{Client, Cmd, Commands as _};
@@ -46,6 +47,11 @@ async fn redis_removes_what_is_over_by_itself() {
     store.claim(&brief).await.expect("an answer");
     let answer = Completion { ttl: Ttl::For(Duration::from_millis(50)), ..answer_of(&brief, b"") };
     assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    let at_once = any_claim();
+    store.claim(&at_once).await.expect("an answer");
+    let answer = Completion { ttl: Ttl::For(Duration::ZERO), ..answer_of(&at_once, b"") };
+    assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    assert_eq!(store.read(&at_once.key).await.expect("an answer"), None);
     let endless = Claim { ttl: Ttl::Forever, ..any_claim() };
     store.claim(&endless).await.expect("an answer");
     let left = expiry(&mut connection, &name(&prefix, &endless.key));
@@ -153,11 +159,22 @@ async fn what_is_no_record_is_refused_and_kept() {
         assert_eq!(kinds, [kind; 4], "{bytes:?}");
         let kept: Vec<u8> = connection.get(&name).expect("an answer");
         assert_eq!(kept, bytes, "what cannot be read is not touched");
+        if kind == StoreErrorKind::Corrupt {
+            let purge = Purge::Key(claim.key);
+            let purged = store.manage().expect("a search").purge(&purge).await;
+            assert_eq!(purged.expect("an answer").removed, 1, "{bytes:?}");
+            let _: () = connection.set(&name, &bytes).expect("an answer");
+        }
     }
     let claim = any_claim();
     let _: () = connection.lpush(name(&prefix, &claim.key), "a list").expect("an answer");
     let refused = store.claim(&claim).await.expect_err("a list is no record");
     assert_eq!(refused.kind(), StoreErrorKind::Corrupt);
+
+    let all = Listing { kind: Kind::Any, scope: None, after: None, limit: 100 };
+    let listed = store.manage().expect("a search").list(&all).await.expect("what can be read");
+    assert!(listed.records.iter().any(|record| record.key == sound.key), "{listed:?}");
+    assert_eq!(store.sweep(usize::MAX).await.expect("what can be read"), 0);
 }
 
 #[tokio::test]
@@ -194,4 +211,37 @@ async fn a_record_that_is_too_large_is_refused_before_it_is_sent() {
     assert_eq!(refused.kind(), StoreErrorKind::TooLarge);
     let answer = Completion { payload: vec![0; (1 << 20) - 1_000].into(), ..answer };
     assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+}
+
+#[tokio::test]
+async fn an_operation_without_a_note_is_found_by_a_search() {
+    for is_cluster in [false, true] {
+        let (builder, prefix) = own();
+        let builder = builder.without_notes();
+        let (store, masters) = if is_cluster {
+            let cluster = Cluster::shared();
+            (builder.cluster(cluster.urls()).await, cluster.masters())
+        } else {
+            let url = Redis::shared().url();
+            (builder.connect(url).await, vec![url.to_owned()])
+        };
+        let store = store.expect("a connection");
+        // More than a server looks at in one go.
+        let claims: Vec<_> = (0..2_000).map(|_| any_claim()).collect();
+        let granted = join_all(claims.iter().map(|claim| store.claim(claim))).await;
+        assert!(granted.iter().all(|granted| matches!(granted, Ok(Claimed::Granted(_)))));
+        let mut keys = 0;
+        for master in masters {
+            let mut connection = Client::open(master).expect("a URL").get_connection().expect("it");
+            let names: Vec<String> = connection.keys(format!("{prefix}*")).expect("an answer");
+            keys += names.len();
+        }
+        assert_eq!(keys, claims.len(), "no notes");
+        let manage = store.manage().expect("a search");
+        for claim in [&claims[0], &claims[999], &claims[1_999]] {
+            let found = manage.find(&claim.operation_id).await.expect("an answer");
+            assert_eq!(found.expect("a record").key, claim.key);
+        }
+        assert!(manage.find(&OperationId::random()).await.expect("an answer").is_none());
+    }
 }

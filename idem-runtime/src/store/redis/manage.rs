@@ -28,9 +28,9 @@ use crate::{
 
 /// How many keys a server looks at before it answers others.
 const KEYS_AT_ONCE: usize = 500;
-/// At how many keys a sweep looks at the least, whatever it may remove.
+/// At how many of a server's keys a sweep looks if there are as many, whatever it may remove.
 const KEYS_A_SWEEP: usize = 1_000;
-/// How many times a sweep asks for keys at the most, where few of a server's are records.
+/// How many times it asks a server for keys at the most, where few of them are records.
 const SCANS_A_SWEEP: usize = 200;
 
 /// A part of a server's keys.
@@ -50,6 +50,7 @@ impl Shared {
     async fn scan(&self, node: &Node, from: u64) -> Result<Keys, StoreError> {
         let mut scan = command("SCAN");
         scan.arg(from).arg("MATCH").arg(self.pattern()).arg("COUNT").arg(KEYS_AT_ONCE);
+        scan.arg("TYPE").arg("string");
         let answer = within(self.patience(), self.connection.send_to(node, scan)).await?;
         let (next, names): (u64, Vec<Vec<u8>>) =
             redis::from_redis_value(answer).map_err(|error| failure(error.into()))?;
@@ -120,8 +121,9 @@ impl Shared {
     }
 
     pub(super) async fn sweep(self: &Arc<Self>, limit: usize) -> Result<usize, StoreError> {
-        let (mut removed, mut looked, mut scans) = (0, 0, 0);
+        let mut removed = 0;
         for node in self.masters().await? {
+            let (mut looked, mut scans) = (0, 0);
             let start = self.swept_until(&node);
             let mut from = start;
             let mut is_second_round = false;
