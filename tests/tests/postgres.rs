@@ -18,8 +18,8 @@ use idem_runtime::{
     FORMAT, Fingerprint, Flags, Key, OnUnknown, OperationId, Record, ScopeDigest, State, Token,
     Ttl,
     store::{
-        Claim, Claimed, Completion, Issue, PostgresStore, Renewal, SchemaMismatch, Signal, Store,
-        StoreError, StoreErrorKind, Wake as _, Written,
+        Checkpoint, Claim, Claimed, Completion, Issue, PostgresStore, Renewal, SchemaMismatch,
+        Signal, Store, StoreError, StoreErrorKind, Wake as _, Written,
     },
 };
 use sqlx::{
@@ -484,6 +484,25 @@ async fn a_losing_claim_writes_nothing() {
     assert_eq!(before, state().await);
     granted(&bench.store, &any_claim()).await;
     assert_ne!(before, state().await, "what is written shows");
+}
+
+/// Whichever of two reaches the database last, the one that was made last stands.
+#[tokio::test]
+async fn a_late_checkpoint_replaces_no_later_one() {
+    let bench = Bench::start().await;
+    let claim = any_claim();
+    granted(&bench.store, &claim).await;
+    let [first, last] = ["first", "last"].map(|payload| Checkpoint {
+        key: claim.key,
+        token: claim.token,
+        payload: Bytes::from(payload),
+        format: FORMAT,
+    });
+    let late = bench.store.checkpoint(&first);
+    assert_eq!(bench.store.checkpoint(&last).await.expect("an answer"), Written::Done);
+    assert_eq!(late.await.expect("an answer"), Written::Done);
+    let record = bench.store.read(&claim.key).await.expect("an answer").expect("a record");
+    assert_eq!(record.payload, last.payload);
 }
 
 /// A completion changes no index: see `bucket` in the schema.
