@@ -276,12 +276,12 @@ impl PostgresStore {
         connection: &mut PgConnection,
     ) -> Result<Option<C::Answer>, Fault> {
         if self.0.prepares {
-            return call.once(Session { connection, prepares: true }).await;
+            return call.once(&mut Session { connection, prepares: true }).await;
         }
         // Within a transaction, a pooler stays with one connection.
         let mut transaction = connection.begin().await?;
-        let session = Session { connection: &mut transaction, prepares: false };
-        let answer = call.once(session).await?;
+        let mut session = Session { connection: &mut transaction, prepares: false };
+        let answer = call.once(&mut session).await?;
         transaction.commit().await?;
         Ok(answer)
     }

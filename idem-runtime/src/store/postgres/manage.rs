@@ -17,7 +17,7 @@ use crate::{
 impl Call for OperationId {
     type Answer = Option<Record>;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Option<Record>>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Option<Record>>, Fault> {
         // What is over may still be there under the id.
         let query = sqlx::query(
             "SELECT ms, key, scope, operation, operation_id, state, scheme, fingerprint, token,
@@ -36,7 +36,7 @@ impl Call for OperationId {
 impl Call for Listing {
     type Answer = Page;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Page>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Page>, Fault> {
         let limit = self.limit.max(1);
         // The kinds are those of `Kind::covers`.
         let query = sqlx::query(
@@ -94,7 +94,7 @@ struct PurgeKey(Key);
 impl Call for PurgeKey {
     type Answer = Purged;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Purged>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Purged>, Fault> {
         let query = sqlx::query(
             "WITH now AS MATERIALIZED (
                  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms
@@ -118,7 +118,7 @@ struct PurgeScope(ScopeDigest, usize);
 impl Call for PurgeScope {
     type Answer = Purged;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Purged>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Purged>, Fault> {
         let query = sqlx::query(
             "WITH now AS MATERIALIZED (
                  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms
