@@ -1,4 +1,6 @@
-//! The statements: one for each call, which decides and writes in one step.
+//! The statements: one for each call, which decides and writes in one step. A claim on a record that
+//! is there and free to be taken needs a second one ([`Claim::take`]), so that those that are the
+//! most, on fresh keys and on keys that are taken, do not pay for it.
 //!
 //! What they decide is what [`row`](crate::store::row) says for the embedded stores, and the laws
 //! hold both to the same. They have a common shape. `asked` is what the caller brings, with the
@@ -8,25 +10,22 @@
 //! statement tells of a refusal, however, is the row of its snapshot; where the two disagree,
 //! somebody was faster, and the call is made again ([`Call::once`] answers `None`).
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, HashSet};
 
-use bytes::Bytes;
 use sqlx::{
     PgConnection, Postgres, Row as _,
     postgres::{PgArguments, PgRow},
     query::Query,
 };
 
+use super::rows::{bytes, decode, now, record_of};
 use crate::{
     decision::{Decision, OnUnknown, decide},
-    key::{Key, OperationId, ScopeDigest, Token},
+    key::{Key, Token},
     record::{FORMAT, Fingerprint, Flags, Record, State, Ttl},
     store::{
         Checkpoint, Claim, Claimed, Completion, Issue, Renewal, StoreErrorKind, Written,
-        clock::{Millis, end_of},
+        clock::end_of,
         row::{Row, found},
     },
 };
@@ -39,7 +38,7 @@ pub(super) trait Call: Sync {
     /// statement could neither do it nor say why not.
     fn once(
         &self,
-        session: Session<'_>,
+        session: &mut Session<'_>,
     ) -> impl Future<Output = Result<Option<Self::Answer>, Fault>> + Send;
 }
 
@@ -72,27 +71,28 @@ pub(super) struct Session<'c> {
 }
 
 impl Session<'_> {
-    /// All rows of a statement.
+    /// All rows of a statement that is a rare one: it is planned anew each time, for the table as it
+    /// has become.
     pub(super) async fn rows(
-        self,
+        &mut self,
         query: Query<'_, Postgres, PgArguments>,
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        query.persistent(self.prepares).fetch_all(self.connection).await
+        query.persistent(false).fetch_all(&mut *self.connection).await
     }
 
     /// The row of a statement that has one at the most.
     pub(super) async fn row(
-        self,
+        &mut self,
         query: Query<'_, Postgres, PgArguments>,
     ) -> Result<Option<PgRow>, sqlx::Error> {
-        query.persistent(self.prepares).fetch_optional(self.connection).await
+        query.persistent(self.prepares).fetch_optional(&mut *self.connection).await
     }
 }
 
 impl Call for Claim {
     type Answer = Claimed;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Claimed>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Claimed>, Fault> {
         let query = sqlx::query(
             "WITH asked AS MATERIALIZED (
                  SELECT ms, $1::bytea AS key, $2::bytea AS scope, $3::text AS operation,
@@ -117,73 +117,14 @@ impl Call for Claim {
                  WHERE NOT issued_only AND NOT EXISTS (SELECT FROM seen)
                  ON CONFLICT (key) DO NOTHING
                  RETURNING *
-             ), taken AS (
-                 UPDATE idem_records AS r
-                 SET (scope, operation, operation_id, scheme, fingerprint, state, token, attempt,
-                      lease_end, valid_until, kept_until, created, checkpoint, format, flags,
-                      payload) = (
-                     SELECT CASE WHEN opens THEN a.scope ELSE r.scope END,
-                            CASE WHEN opens THEN a.operation ELSE r.operation END,
-                            CASE WHEN opens THEN a.operation_id ELSE r.operation_id END,
-                            CASE WHEN opens THEN a.scheme ELSE r.scheme END,
-                            CASE WHEN opens THEN a.fingerprint ELSE r.fingerprint END,
-                            1, a.token,
-                            CASE WHEN over THEN 1 WHEN held THEN r.attempt
-                                 ELSE least(r.attempt, 2147483646) + 1 END,
-                            lease_end,
-                            -- The validity of an issued key stays: a run that began in time may
-                            -- finish after it.
-                            CASE WHEN issued THEN r.valid_until
-                                 ELSE greatest(a.ttl_end, lease_end) END,
-                            greatest(CASE WHEN issued THEN r.kept_until ELSE a.ttl_end END,
-                                     lease_end),
-                            CASE WHEN over THEN a.ms ELSE r.created END,
-                            CASE WHEN held THEN r.checkpoint ELSE 0 END,
-                            -- The format is the payload's.
-                            CASE WHEN over THEN a.format ELSE r.format END,
-                            CASE WHEN over THEN 0 ELSE r.flags END,
-                            CASE WHEN over THEN '' ELSE r.payload END
-                     FROM (SELECT over, held, opens, NOT over AND r.flags & 2 = 2 AS issued,
-                                  CASE WHEN held THEN greatest(r.lease_end, a.lease_end)
-                                       ELSE a.lease_end END AS lease_end
-                           FROM (SELECT r.kept_until <= a.ms AS over,
-                                        r.kept_until > a.ms AND r.state = 1 AND r.token = a.token
-                                            AS held,
-                                        -- The claimant says what the operation is.
-                                        r.kept_until <= a.ms OR r.state = 0 AS opens) AS f) AS f)
-                 FROM asked AS a
-                 WHERE r.key = a.key AND r.format <= a.format
-                   AND CASE WHEN r.state NOT BETWEEN 0 AND 3 THEN false
-                            WHEN r.kept_until <= a.ms THEN NOT a.issued_only
-                            -- The answer to the same claim was lost.
-                            WHEN r.state = 1 AND r.token = a.token THEN true
-                            WHEN r.valid_until <= a.ms THEN false
-                            WHEN r.state = 0 THEN true
-                            WHEN r.state = 2 OR r.state = 1 AND r.lease_end <= a.ms
-                                THEN a.reruns AND r.scheme = a.scheme
-                                              AND r.fingerprint = a.fingerprint
-                            ELSE false END
-                 RETURNING r.*
              )
              SELECT granted, (SELECT ms FROM asked) AS ms, key, scope, operation, operation_id,
                     state, scheme, fingerprint, token, attempt, lease_end, valid_until, kept_until,
                     created, format, flags, payload
              FROM (SELECT true AS granted, * FROM made
-                   UNION ALL SELECT true, * FROM taken
-                   UNION ALL SELECT false, * FROM seen WHERE NOT EXISTS (SELECT FROM taken)) AS r",
-        )
-        .bind(self.key.as_bytes())
-        .bind(self.scope.as_bytes())
-        .bind(&*self.operation)
-        .bind(self.operation_id.as_bytes())
-        .bind(&*self.fingerprint.scheme)
-        .bind(self.fingerprint.digest)
-        .bind(self.token.as_bytes())
-        .bind(span(Ttl::For(self.lease)))
-        .bind(span(self.ttl))
-        .bind(self.issued_only)
-        .bind(self.on_unknown == OnUnknown::Rerun)
-        .bind(i32::from(self.format));
+                   UNION ALL SELECT false, * FROM seen) AS r",
+        );
+        let query = self.bind_to(query);
         let Some(row) = session.row(query).await? else {
             // Nothing was there. What a claim that may make a record met nevertheless is younger
             // than its snapshot.
@@ -194,19 +135,113 @@ impl Call for Claim {
             return Ok(Some(Claimed::Granted(record.record(now))));
         }
         let Some(row) = found(Some(&record), self.format, now)? else {
-            return Ok(self.issued_only.then_some(Claimed::Unknown));
+            // The record is over, and makes room for a fresh one.
+            return match self.issued_only {
+                true => Ok(Some(Claimed::Unknown)),
+                false => self.take(session).await,
+            };
         };
         let record = row.record(now);
         let asked = self.asked(record.fingerprint == self.fingerprint);
-        let outrun = row.is_held_by(self.token) || decide(record.seen(), asked) == Decision::Run;
-        Ok((!outrun).then_some(Claimed::Found(record)))
+        if !row.is_held_by(self.token) && decide(record.seen(), asked) != Decision::Run {
+            return Ok(Some(Claimed::Found(record)));
+        }
+        self.take(session).await
+    }
+}
+
+impl Claim {
+    /// Claims a record that is there, unless somebody was faster: it decides by itself, whatever was
+    /// seen before.
+    async fn take(&self, session: &mut Session<'_>) -> Result<Option<Claimed>, Fault> {
+        let query = sqlx::query(
+            "WITH asked AS MATERIALIZED (
+                 SELECT ms, $1::bytea AS key, $2::bytea AS scope, $3::text AS operation,
+                        $4::bytea AS operation_id, $5::text AS scheme, $6::bytea AS fingerprint,
+                        $7::bytea AS token,
+                        ms + least($8::bigint, 9223372036854775807 - ms) AS lease_end,
+                        ms + least($9::bigint, 9223372036854775807 - ms) AS ttl_end,
+                        $10::boolean AS issued_only, $11::boolean AS reruns, $12::integer AS format
+                 FROM (SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms)
+                      AS now
+             )
+             UPDATE idem_records AS r
+             SET (scope, operation, operation_id, scheme, fingerprint, state, token, attempt,
+                  lease_end, valid_until, kept_until, created, checkpoint, format, flags,
+                  payload) = (
+                 SELECT CASE WHEN opens THEN a.scope ELSE r.scope END,
+                        CASE WHEN opens THEN a.operation ELSE r.operation END,
+                        CASE WHEN opens THEN a.operation_id ELSE r.operation_id END,
+                        CASE WHEN opens THEN a.scheme ELSE r.scheme END,
+                        CASE WHEN opens THEN a.fingerprint ELSE r.fingerprint END,
+                        1, a.token,
+                        CASE WHEN over THEN 1 WHEN held THEN r.attempt
+                             ELSE least(r.attempt, 2147483646) + 1 END,
+                        lease_end,
+                        -- The validity of an issued key stays: a run that began in time may
+                        -- finish after it.
+                        CASE WHEN issued THEN r.valid_until
+                             ELSE greatest(a.ttl_end, lease_end) END,
+                        greatest(CASE WHEN issued THEN r.kept_until ELSE a.ttl_end END,
+                                 lease_end),
+                        CASE WHEN over THEN a.ms ELSE r.created END,
+                        CASE WHEN held THEN r.checkpoint ELSE 0 END,
+                        -- The format is the payload's.
+                        CASE WHEN over THEN a.format ELSE r.format END,
+                        CASE WHEN over THEN 0 ELSE r.flags END,
+                        CASE WHEN over THEN '' ELSE r.payload END
+                 FROM (SELECT over, held, opens, NOT over AND r.flags & 2 = 2 AS issued,
+                              CASE WHEN held THEN greatest(r.lease_end, a.lease_end)
+                                   ELSE a.lease_end END AS lease_end
+                       FROM (SELECT r.kept_until <= a.ms AS over,
+                                    r.kept_until > a.ms AND r.state = 1 AND r.token = a.token
+                                        AS held,
+                                    -- The claimant says what the operation is.
+                                    r.kept_until <= a.ms OR r.state = 0 AS opens) AS f) AS f)
+             FROM asked AS a
+             WHERE r.key = a.key AND r.format <= a.format
+               AND CASE WHEN r.state NOT BETWEEN 0 AND 3 THEN false
+                        WHEN r.kept_until <= a.ms THEN NOT a.issued_only
+                        -- The answer to the same claim was lost.
+                        WHEN r.state = 1 AND r.token = a.token THEN true
+                        WHEN r.valid_until <= a.ms THEN false
+                        WHEN r.state = 0 THEN true
+                        WHEN r.state = 2 OR r.state = 1 AND r.lease_end <= a.ms
+                            THEN a.reruns AND r.scheme = a.scheme
+                                          AND r.fingerprint = a.fingerprint
+                        ELSE false END
+             RETURNING a.ms, r.key, r.scope, r.operation, r.operation_id, r.state, r.scheme,
+                       r.fingerprint, r.token, r.attempt, r.lease_end, r.valid_until, r.kept_until,
+                       r.created, r.format, r.flags, r.payload",
+        );
+        let Some(row) = session.row(self.bind_to(query)).await? else { return Ok(None) };
+        Ok(Some(Claimed::Granted(decode(&row)?.record(now(&row)?))))
+    }
+
+    fn bind_to<'q>(
+        &'q self,
+        query: Query<'q, Postgres, PgArguments>,
+    ) -> Query<'q, Postgres, PgArguments> {
+        query
+            .bind(self.key.as_bytes())
+            .bind(self.scope.as_bytes())
+            .bind(&*self.operation)
+            .bind(self.operation_id.as_bytes())
+            .bind(&*self.fingerprint.scheme)
+            .bind(self.fingerprint.digest)
+            .bind(self.token.as_bytes())
+            .bind(span(Ttl::For(self.lease)))
+            .bind(span(self.ttl))
+            .bind(self.issued_only)
+            .bind(self.on_unknown == OnUnknown::Rerun)
+            .bind(i32::from(self.format))
     }
 }
 
 impl Call for Issue {
     type Answer = Written;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Written>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Written>, Fault> {
         let query = sqlx::query(
             "WITH asked AS MATERIALIZED (
                  SELECT ms, $1::bytea AS key, $2::bytea AS scope, $3::text AS operation,
@@ -283,7 +318,7 @@ pub(super) struct Numbered<'a> {
 impl Call for Numbered<'_> {
     type Answer = Written;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Written>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Written>, Fault> {
         let Checkpoint { key, token, payload, format } = self.checkpoint;
         let query = sqlx::query(
             "WITH asked AS MATERIALIZED (
@@ -321,7 +356,7 @@ impl Call for Numbered<'_> {
 impl Call for Completion {
     type Answer = Written;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Written>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Written>, Fault> {
         let query = sqlx::query(
             "WITH asked AS MATERIALIZED (
                  SELECT ms, $1::bytea AS key, $2::bytea AS token,
@@ -369,7 +404,7 @@ pub(super) struct Release<'a> {
 impl Call for Release<'_> {
     type Answer = Written;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Written>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Written>, Fault> {
         let query = sqlx::query(
             "WITH asked AS MATERIALIZED (
                  SELECT ms, $1::bytea AS key, $2::bytea AS token, $3::integer AS format
@@ -409,7 +444,7 @@ pub(super) struct Forget<'a> {
 impl Call for Forget<'_> {
     type Answer = Written;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Written>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Written>, Fault> {
         let query = sqlx::query(
             "WITH asked AS MATERIALIZED (
                  SELECT ms, $1::bytea AS key, $2::bytea AS token, $3::integer AS format
@@ -454,7 +489,7 @@ impl Call for Forget<'_> {
 impl Call for [Renewal] {
     type Answer = Vec<bool>;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Vec<bool>>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Vec<bool>>, Fault> {
         // Each claim once, and in order, so that two such statements cannot wait for each other.
         let mut longest = BTreeMap::new();
         for Renewal { key, token, lease } in self {
@@ -500,7 +535,7 @@ impl Call for [Renewal] {
 impl Call for Key {
     type Answer = Option<Record>;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Option<Record>>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Option<Record>>, Fault> {
         let query = sqlx::query(
             "SELECT ms, key, scope, operation, operation_id, state, scheme, fingerprint, token,
                     attempt, lease_end, valid_until, kept_until, created, format, flags, payload
@@ -520,9 +555,9 @@ pub(super) struct Sweep(pub(super) usize);
 impl Call for Sweep {
     type Answer = usize;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<usize>, Fault> {
-        // What somebody else is removing or claiming is left to them. A row that was claimed since
-        // is found under its new place or not at all, and is not over.
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<usize>, Fault> {
+        // What somebody else is removing or claiming just now is left to them. A row that was claimed
+        // a moment before is looked at again once it is locked.
         let query = sqlx::query(
             "WITH now AS MATERIALIZED (
                  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms
@@ -573,72 +608,4 @@ fn written(
         Some(row) if held(row) => None,
         Some(row) => Some(Written::Fenced(row.record(now))),
     })
-}
-
-/// The record of a row that may be there, as this release reads it.
-pub(super) fn record_of(row: Option<PgRow>) -> Result<Option<Record>, Fault> {
-    let Some(row) = row else { return Ok(None) };
-    let (now, row) = (now(&row)?, decode(&row)?);
-    Ok(found(Some(&row), FORMAT, now)?.map(|row| row.record(now)))
-}
-
-/// What time it was for the statement.
-pub(super) fn now(row: &PgRow) -> Result<Millis, sqlx::Error> {
-    row.try_get("ms")
-}
-
-/// Reads a row back. What a newer release wrote may be different in any respect, so that failing to
-/// understand it says nothing of its health.
-pub(super) fn decode(row: &PgRow) -> Result<Row, Fault> {
-    let format = u16::try_from(row.try_get::<i32, _>("format")?);
-    let format = format.map_err(|_| StoreErrorKind::Corrupt)?;
-    fields(format, row).map_err(|_| {
-        let newer = format > FORMAT;
-        Fault::Record(if newer { StoreErrorKind::Newer } else { StoreErrorKind::Corrupt })
-    })
-}
-
-fn fields(format: u16, row: &PgRow) -> Result<Row, sqlx::Error> {
-    Ok(Row {
-        key: Key::from_bytes(bytes(row, "key")?),
-        scope: ScopeDigest::from_bytes(bytes(row, "scope")?),
-        operation: Arc::from(row.try_get::<&str, _>("operation")?),
-        operation_id: OperationId::from_bytes(bytes(row, "operation_id")?),
-        state: state(row.try_get("state")?)?,
-        fingerprint: Fingerprint {
-            scheme: row.try_get::<String, _>("scheme")?.into(),
-            digest: bytes(row, "fingerprint")?,
-        },
-        token: Token::from_bytes(bytes(row, "token")?),
-        attempt: number(row, "attempt")?,
-        lease_end: row.try_get("lease_end")?,
-        valid_until: row.try_get("valid_until")?,
-        kept_until: row.try_get("kept_until")?,
-        created: row.try_get("created")?,
-        format,
-        flags: Flags::from_bits(number(row, "flags")?),
-        payload: Bytes::from(row.try_get::<Vec<u8>, _>("payload")?),
-    })
-}
-
-pub(super) fn bytes<const N: usize>(row: &PgRow, name: &str) -> Result<[u8; N], sqlx::Error> {
-    let bytes: &[u8] = row.try_get(name)?;
-    bytes.try_into().map_err(|error| sqlx::Error::Decode(Box::new(error)))
-}
-
-fn number<T: TryFrom<i32>>(row: &PgRow, name: &str) -> Result<T, sqlx::Error>
-where
-    T::Error: std::error::Error + Send + Sync + 'static,
-{
-    T::try_from(row.try_get(name)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
-}
-
-fn state(number: i16) -> Result<State, sqlx::Error> {
-    match number {
-        0 => Ok(State::Issued),
-        1 => Ok(State::Running),
-        2 => Ok(State::Released),
-        3 => Ok(State::Completed),
-        _ => Err(sqlx::Error::Decode("no such state".into())),
-    }
 }

@@ -5,7 +5,8 @@ use sqlx::{Row as _, postgres::PgRow};
 
 use super::{
     PostgresStore, SWEPT_AT_ONCE,
-    calls::{self, Call, Fault, Session},
+    calls::{Call, Fault, Session},
+    rows::{bytes, decode, now, record_of},
 };
 use crate::{
     key::{Key, OperationId, ScopeDigest},
@@ -16,7 +17,7 @@ use crate::{
 impl Call for OperationId {
     type Answer = Option<Record>;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Option<Record>>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Option<Record>>, Fault> {
         // What is over may still be there under the id.
         let query = sqlx::query(
             "SELECT ms, key, scope, operation, operation_id, state, scheme, fingerprint, token,
@@ -28,14 +29,14 @@ impl Call for OperationId {
              LIMIT 1",
         )
         .bind(self.as_bytes());
-        calls::record_of(session.row(query).await?).map(Some)
+        record_of(session.row(query).await?).map(Some)
     }
 }
 
 impl Call for Listing {
     type Answer = Page;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Page>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Page>, Fault> {
         let limit = self.limit.max(1);
         // The kinds are those of `Kind::covers`.
         let query = sqlx::query(
@@ -69,8 +70,8 @@ impl Call for Listing {
         let rows = session.rows(query).await?;
         let mut records = Vec::with_capacity(rows.len().min(limit));
         for row in rows.iter().take(limit) {
-            match calls::decode(row) {
-                Ok(record) => records.push(record.summary(calls::now(row)?)),
+            match decode(row) {
+                Ok(record) => records.push(record.summary(now(row)?)),
                 Err(_) => tracing::warn!(key = ?place(row)?.key, "a damaged record is not listed"),
             }
         }
@@ -84,7 +85,7 @@ impl Call for Listing {
 
 /// The place of a row that was listed.
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
-    Ok(Place { created: row.try_get("created")?, key: Key::from_bytes(calls::bytes(row, "key")?) })
+    Ok(Place { created: row.try_get("created")?, key: Key::from_bytes(bytes(row, "key")?) })
 }
 
 /// To remove the record of a key.
@@ -93,7 +94,7 @@ struct PurgeKey(Key);
 impl Call for PurgeKey {
     type Answer = Purged;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Purged>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Purged>, Fault> {
         let query = sqlx::query(
             "WITH now AS MATERIALIZED (
                  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms
@@ -117,7 +118,7 @@ struct PurgeScope(ScopeDigest, usize);
 impl Call for PurgeScope {
     type Answer = Purged;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Purged>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Purged>, Fault> {
         let query = sqlx::query(
             "WITH now AS MATERIALIZED (
                  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms

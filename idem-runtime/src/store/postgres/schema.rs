@@ -45,7 +45,7 @@ impl Call for Version {
     /// The version, if there are any.
     type Answer = Option<i32>;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<Option<i32>>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Option<i32>>, Fault> {
         let query = sqlx::query("SELECT version FROM idem_schema WHERE id = 1");
         match session.row(query).await {
             Ok(row) => Ok(Some(row.map(|row| sqlx::Row::try_get(&row, 0)).transpose()?)),

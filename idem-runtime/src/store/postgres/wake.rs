@@ -24,7 +24,7 @@ const SILENCE: Duration = Duration::from_secs(30);
 impl Call for Signal {
     type Answer = ();
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<()>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<()>, Fault> {
         let query =
             sqlx::query("SELECT 1 FROM pg_notify($1, $2)").bind(CHANNEL).bind(self.encode());
         session.row(query).await?;
