@@ -148,20 +148,20 @@ impl Plain<'_> {
     }
 
     fn run(&self) -> TokenStream {
-        let (here, p) = (Span::mixed_site(), self.private);
+        let here = Span::mixed_site();
         let body = self.body();
         // Located at the name, where rustc says why a future is not `Send`.
         let name = at(&self.checked.handler.signature.ident);
         let at_name = private(self.checked, name);
         let body = quote_spanned!(name=> #at_name::boxed(async move { #body }));
-        let nothing_happened = match &self.function.nothing_happened {
-            Some(path) => path.to_token_stream(),
-            None => quote_spanned!(here=> #p::never),
-        };
         // Said of the type, where rustc says that it cannot be recorded.
         let returns = self.checked.handler.returns.ty();
         let there = at(returns);
         let at_returns = private(self.checked, there);
+        let nothing_happened = match &self.function.nothing_happened {
+            Some(path) => path.to_token_stream(),
+            None => quote_spanned!(there=> #at_returns::never),
+        };
         let passed =
             quote_spanned!(here=> __call, #nothing_happened, move |__engine, __operation| #body);
         quote_spanned!(there=> #at_returns::call::<#returns, _>(#passed).await)
