@@ -48,6 +48,9 @@ mod detach;
 mod engine;
 mod fingerprint;
 mod function;
+// Its examples use these features.
+#[cfg(all(feature = "seal", feature = "sqlite", feature = "testing"))]
+pub mod guide;
 mod hooks;
 mod http;
 mod issue;
