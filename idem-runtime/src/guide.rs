@@ -7,9 +7,9 @@
 //! | [what happens on a crash](what_happens_on_a_crash) | wants to know what a retry meets, at each moment, under each policy |
 //! | [recovering unknown outcomes](recovering_unknown_outcomes) | calls other services, and has to find out what they did |
 //! | [transactional handlers](transactional_handlers) | has effects in a database, and wants them exactly once |
-//! | [testing](testing) | wants a test to fail when a handler stops being safe to retry |
-//! | [operating](operating) | runs it: shutdown, limits, metrics, tickets, keys, deploys |
-//! | [migrating](migrating) | comes from `axum-idempotent`, or from code of their own |
+//! | [testing] | wants a test to fail when a handler stops being safe to retry |
+//! | [operating] | runs it: shutdown, limits, metrics, tickets, keys, deploys |
+//! | [migrating] | comes from `axum-idempotent`, or from code of their own |
 //!
 //! What one option, method or type means in full stands with it: begin at
 //! [`#[idempotent]`](macro@crate::idempotent) and [`Builder`](crate::Builder). Which stores there are
