@@ -9,6 +9,9 @@
 //! once. What became of a request, an application looks up by [`Idempotency::look_up`]; what
 //! operators do with records is in [`Idempotency::admin`].
 //!
+//! The module `guide`, which documentation with all features has, goes from the first handler to a
+//! service in operation.
+//!
 //! # Words
 //!
 //! | word | meaning |
@@ -50,6 +53,9 @@ mod detach;
 mod engine;
 mod fingerprint;
 mod function;
+// Its examples use these features.
+#[cfg(all(feature = "seal", feature = "sqlite", feature = "testing"))]
+pub mod guide;
 mod hooks;
 mod http;
 mod issue;
