@@ -212,35 +212,36 @@ impl<'a> Wrapped<'a> {
     /// aliases.
     fn transaction_probe(&self) -> Option<TokenStream> {
         let (here, p) = (Span::mixed_site(), self.private);
-        let arguments = &self.handler.arguments;
-        let count = |Argument { ty, .. }: &Argument| quote_spanned!(at(ty)=> #p::transaction::Of::<#ty>::COUNT);
-        let checks: Vec<TokenStream> = match &self.checked.policy.transaction {
+        let types = || self.handler.arguments.iter().map(|Argument { ty, .. }| ty);
+        let checks = match &self.checked.policy.transaction {
             Some(word) => {
-                let counts = arguments.iter().map(count);
-                vec![quote_spanned!(at(word)=> #p::transaction::one(0 #(+ #counts)*))]
+                let t = private(self.checked, at(word));
+                let asked = quote_spanned! {at(word)=>
+                    #t::transaction::some(&__count);
+                    #t::transaction::one(&__count);
+                };
+                let types = types();
+                quote_spanned! {here=>
+                    let __count = #p::transaction::None;
+                    #(let __count = #p::transaction::Of::<#types>::idem_counted(__count);)*
+                    #asked
+                }
             }
-            None => {
-                let counts = arguments.iter().map(|argument| (at(&argument.ty), count(argument)));
-                counts
-                    .map(|(there, count)| quote_spanned!(there=> #p::transaction::none(#count)))
-                    .collect()
-            }
+            None => types()
+                .map(|ty| {
+                    let t = private(self.checked, at(ty));
+                    quote_spanned!(at(ty)=> #t::transaction::Of::<#ty>::idem_needs_no_commit();)
+                })
+                .collect(),
         };
-        if checks.is_empty() {
-            return None;
-        }
-        let types = arguments.iter().map(|Argument { ty, .. }| ty);
-        let is_generic = depends_on_parameters(self.handler, &quote!(#(#types)*));
-        let checks = checks.iter().map(|check| match is_generic {
-            true => quote_spanned!(here=> const { #check };),
-            false => quote_spanned!(here=> const _: () = #check;),
-        });
-        Some(quote_spanned! {here=>
-            {
-                // Unused where each argument is a `Tx`.
-                #[allow(unused_imports)]
-                use #p::transaction::Fallback as _;
-                #(#checks)*
+        (!checks.is_empty()).then(|| {
+            quote_spanned! {here=>
+                {
+                    // Unused where each argument is a `Tx`.
+                    #[allow(unused_imports)]
+                    use #p::transaction::Fallback as _;
+                    #checks
+                }
             }
         })
     }
@@ -342,7 +343,10 @@ impl Returns {
 /// but only the latter may depend on the type parameters.
 fn constant(handler: &CheckedHandler, ty: &TokenStream, value: &TokenStream) -> TokenStream {
     let here = Span::mixed_site();
-    if depends_on_parameters(handler, value) {
+    let parameters = &handler.signature.generics.params;
+    let generic = mentions(value, "Self")
+        || parameters.iter().filter_map(name_of).any(|name| mentions(value, &name));
+    if generic {
         return quote_spanned!(here=> &const { #value });
     }
     // Named in a block of its own: an item of ours would shadow the user's.
@@ -352,13 +356,6 @@ fn constant(handler: &CheckedHandler, ty: &TokenStream, value: &TokenStream) -> 
             &__IDEM_POLICY
         }
     }
-}
-
-/// Whether an item, which sees no type parameters, cannot say this.
-fn depends_on_parameters(handler: &CheckedHandler, tokens: &TokenStream) -> bool {
-    let parameters = &handler.signature.generics.params;
-    mentions(tokens, "Self")
-        || parameters.iter().filter_map(name_of).any(|name| mentions(tokens, &name))
 }
 
 /// `&(expression)`, from the first to the last token of the expression, which rustc joins where it

@@ -81,40 +81,82 @@ pub mod transaction {
         }
     }
 
+    /// A transaction that somebody commits. It is never implemented: only those of handlers that do
+    /// not say so are asked.
+    #[diagnostic::on_unimplemented(
+        message = "this handler takes a `Tx` and does not say `transaction`: nobody would commit it",
+        label = "transaction that nobody commits",
+        note = "write `#[idempotent(.., transaction)]`"
+    )]
+    pub trait Committed {}
+
     /// What every other type answers.
     pub trait Fallback {
-        /// How many transactions it is.
-        const COUNT: usize = 0;
+        /// It is no transaction.
+        fn idem_counted<N>(count: N) -> N {
+            count
+        }
+
+        /// Nothing is wrong.
+        fn idem_needs_no_commit() {}
     }
 
     impl<T> Fallback for Of<T> {}
 
     #[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
     impl<DB: sqlx::Database> Of<crate::Tx<DB>> {
-        /// How many transactions it is.
-        pub const COUNT: usize = 1;
-    }
+        /// It is one more transaction.
+        pub fn idem_counted<N>(_: N) -> More<N> {
+            More(PhantomData)
+        }
 
-    /// What a handler that says `transaction` takes.
-    #[track_caller]
-    pub const fn one(count: usize) {
-        match count {
-            0 => panic!(
-                "this handler says `transaction` and takes no `Tx`: add an argument such as `mut tx: Tx<Postgres>`, and use `&mut *tx` as the connection"
-            ),
-            1 => {}
-            _ => panic!("this handler takes more than one `Tx`: there is one transaction"),
+        /// Something is.
+        pub fn idem_needs_no_commit()
+        where
+            crate::Tx<DB>: Committed,
+        {
         }
     }
 
-    /// What a handler that does not say it takes.
-    #[track_caller]
-    pub const fn none(count: usize) {
-        assert!(
-            count == 0,
-            "this handler takes a `Tx` and does not say `transaction`: nobody would commit it"
-        );
+    /// No transaction.
+    #[derive(Debug)]
+    pub struct None;
+
+    /// One transaction more. A number would be known too late: of a generic handler only when it is
+    /// built, and of one in a generic `impl` never.
+    pub struct More<N>(PhantomData<N>);
+
+    impl<N> fmt::Debug for More<N> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("More")
+        }
     }
+
+    /// That there is a transaction.
+    #[diagnostic::on_unimplemented(
+        message = "this handler says `transaction` and takes no `Tx`",
+        label = "no argument is a `Tx`",
+        note = "add an argument such as `mut tx: Tx<Postgres>`, and use `&mut *tx` as the connection"
+    )]
+    pub trait Some {}
+
+    /// That there is no more than one.
+    #[diagnostic::on_unimplemented(
+        message = "this handler takes more than one `Tx`",
+        label = "there is one transaction",
+        note = "take one `Tx`: the record is committed with it"
+    )]
+    pub trait One {}
+
+    impl<N> Some for More<N> {}
+    impl One for None {}
+    impl One for More<None> {}
+
+    /// Asks for a transaction.
+    pub const fn some<N: Some>(_: &N) {}
+
+    /// Asks for no more than one.
+    pub const fn one<N: One>(_: &N) {}
 }
 
 /// Finds handlers that return a stream, through aliases, when they are compiled.

@@ -28,15 +28,15 @@ use sqlx::Connection as _;
 use tokio::sync::{Notify, Semaphore};
 use tower::ServiceExt;
 
-pub const POLICY: Policy = Policy::new(Anchor::header("Idempotency-Key")).transaction();
-pub const DAY: Ttl = Ttl::For(Duration::from_secs(24 * 60 * 60));
+pub(crate) const POLICY: Policy = Policy::new(Anchor::header("Idempotency-Key")).transaction();
+pub(crate) const DAY: Ttl = Ttl::For(Duration::from_secs(24 * 60 * 60));
 /// Beyond this a test has failed.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 type Connection<B> = <<B as Base>::Database as sqlx::Database>::Connection;
 
 /// A database, empty but for idem's tables.
-pub trait Base: Clone + fmt::Debug + Send + Sync + 'static {
+pub(crate) trait Base: Clone + fmt::Debug + Send + Sync + 'static {
     type Database: sqlx::Database;
     /// Whether others can write while a transaction is open.
     const SEVERAL_WRITERS: bool = true;
@@ -84,18 +84,18 @@ macro_rules! statements {
 
 /// What the handlers are told by their requests, and what they can be held at.
 #[derive(Debug)]
-pub struct Counter<B: Base> {
+pub(crate) struct Counter<B: Base> {
     runs: AtomicUsize,
-    pub reached: Notify,
-    pub go_on: Semaphore,
-    pub kept: Mutex<Option<Tx<B::Database>>>,
+    pub(crate) reached: Notify,
+    pub(crate) go_on: Semaphore,
+    pub(crate) kept: Mutex<Option<Tx<B::Database>>>,
 }
 
 #[derive(Clone, Debug)]
-pub struct App<B: Base> {
-    pub idem: Idempotency,
-    pub counter: Arc<Counter<B>>,
-    pub base: B,
+pub(crate) struct App<B: Base> {
+    pub(crate) idem: Idempotency,
+    pub(crate) counter: Arc<Counter<B>>,
+    pub(crate) base: B,
 }
 
 impl<B: Base> FromRef<App<B>> for Idempotency {
@@ -105,13 +105,13 @@ impl<B: Base> FromRef<App<B>> for Idempotency {
 }
 
 impl<B: Base> App<B> {
-    pub async fn wait(&self) {
+    pub(crate) async fn wait(&self) {
         self.counter.reached.notify_one();
         self.counter.go_on.acquire().await.expect("open").forget();
     }
 }
 
-pub async fn insert<B: Base>(
+pub(crate) async fn insert<B: Base>(
     connection: &mut Connection<B>,
     what: &str,
 ) -> Result<(), sqlx::Error> {
@@ -201,34 +201,34 @@ async fn deposit_at_once<B: Base>(State(app): State<App<B>>, body: String) -> (S
 }
 
 /// A process of the bank.
-pub struct Bank<B: Base> {
-    pub base: B,
-    pub app: App<B>,
+pub(crate) struct Bank<B: Base> {
+    pub(crate) base: B,
+    pub(crate) app: App<B>,
     router: Router,
 }
 
 impl<B: Base> Bank<B> {
-    pub async fn open() -> Self {
+    pub(crate) async fn open() -> Self {
         Self::with(POLICY).await
     }
 
-    pub async fn with(policy: Policy) -> Self {
+    pub(crate) async fn with(policy: Policy) -> Self {
         Self::on(B::open(5).await, policy).await
     }
 
     /// In a database that has no tables of the bank's yet.
-    pub async fn on(base: B, policy: Policy) -> Self {
+    pub(crate) async fn on(base: B, policy: Policy) -> Self {
         let table = "CREATE TABLE deposits (what VARCHAR(100) NOT NULL)";
         B::execute(&mut *base.connection().await, table.into()).await.expect("a table");
         Self::again(base, policy, |engine| engine).await
     }
 
     /// Another process of the same bank.
-    pub async fn beside(&self, policy: Policy) -> Self {
+    pub(crate) async fn beside(&self, policy: Policy) -> Self {
         Self::again(self.base.beside().await, policy, |engine| engine).await
     }
 
-    pub async fn again(
+    pub(crate) async fn again(
         base: B,
         policy: Policy,
         build: impl FnOnce(Builder<Scoped>) -> Builder<Scoped>,
@@ -249,11 +249,11 @@ impl<B: Base> Bank<B> {
         Self { base, app, router }
     }
 
-    pub async fn send(&self, key: &str, body: &str) -> (StatusCode, bool, String) {
+    pub(crate) async fn send(&self, key: &str, body: &str) -> (StatusCode, bool, String) {
         told(self.ask(Some(key), body).await).await
     }
 
-    pub fn ask(
+    pub(crate) fn ask(
         &self,
         key: Option<&str>,
         body: &str,
@@ -261,7 +261,7 @@ impl<B: Base> Bank<B> {
         self.ask_at("/", key, body)
     }
 
-    pub fn ask_at(
+    pub(crate) fn ask_at(
         &self,
         route: &str,
         key: Option<&str>,
@@ -281,35 +281,35 @@ impl<B: Base> Bank<B> {
         B::number(&mut *self.base.connection().await, count).await.expect("a count")
     }
 
-    pub async fn deposits(&self) -> i64 {
+    pub(crate) async fn deposits(&self) -> i64 {
         self.count("deposits").await
     }
 
-    pub async fn records(&self) -> i64 {
+    pub(crate) async fn records(&self) -> i64 {
         self.count("idem_records").await
     }
 
-    pub async fn counts(&self) -> (i64, i64) {
+    pub(crate) async fn counts(&self) -> (i64, i64) {
         (self.deposits().await, self.records().await)
     }
 
-    pub fn runs(&self) -> usize {
+    pub(crate) fn runs(&self) -> usize {
         self.app.counter.runs.load(Ordering::SeqCst)
     }
 
     /// A request that has got as far as its handler, which waits.
-    pub async fn running(&self, key: &str, body: &str) -> tokio::task::JoinHandle<Response> {
+    pub(crate) async fn running(&self, key: &str, body: &str) -> tokio::task::JoinHandle<Response> {
         let running = tokio::spawn(self.ask(Some(key), body));
         self.app.counter.reached.notified().await;
         running
     }
 
-    pub fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         self.app.counter.go_on.add_permits(1);
     }
 }
 
-pub async fn told(response: Response) -> (StatusCode, bool, String) {
+pub(crate) async fn told(response: Response) -> (StatusCode, bool, String) {
     let status = response.status();
     let replayed = response.headers().contains_key("idempotent-replayed");
     let body = response.into_body().collect().await.expect("a body").to_bytes();
@@ -318,13 +318,13 @@ pub async fn told(response: Response) -> (StatusCode, bool, String) {
 
 /// A refusal of this kind.
 #[track_caller]
-pub fn assert_refused(answer: &(StatusCode, bool, String), status: u16, kind: &str) {
+pub(crate) fn assert_refused(answer: &(StatusCode, bool, String), status: u16, kind: &str) {
     assert_eq!(answer.0.as_u16(), status, "{answer:?}");
     assert!(answer.2.contains(kind), "{answer:?}");
 }
 
 /// All different answers.
-pub async fn different(
+pub(crate) async fn different(
     answers: impl IntoIterator<Item = tokio::task::JoinHandle<Response>>,
 ) -> HashSet<(StatusCode, bool, String)> {
     let mut different = HashSet::new();

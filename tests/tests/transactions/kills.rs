@@ -67,7 +67,7 @@ impl Drop for Vault {
     }
 }
 
-pub async fn exactly_one_effect_through_a_kill_at_any_point<B: Base>() {
+pub(crate) async fn exactly_one_effect_through_a_kill_at_any_point<B: Base>() {
     let base = B::open(5).await;
     let table = "CREATE TABLE deposits (what VARCHAR(100) NOT NULL)";
     B::execute(&mut *base.connection().await, table.into()).await.expect("a table");

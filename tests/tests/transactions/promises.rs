@@ -45,7 +45,7 @@ macro_rules! on {
     };
 }
 
-pub async fn effect_and_record_are_there_together_once<B: Base>() {
+pub(crate) async fn effect_and_record_are_there_together_once<B: Base>() {
     let bank = Bank::<B>::open().await;
     let first = bank.send("k", "a").await;
     assert_eq!(first, (StatusCode::CREATED, false, "run 1".into()));
@@ -55,7 +55,7 @@ pub async fn effect_and_record_are_there_together_once<B: Base>() {
     assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
 }
 
-pub async fn whatever_is_not_recorded_is_undone_and_the_key_is_free<B: Base>() {
+pub(crate) async fn whatever_is_not_recorded_is_undone_and_the_key_is_free<B: Base>() {
     let bank = Bank::<B>::open().await;
     for (body, status) in [("fails", 500), ("refuses", 409), ("panics", 500), ("breaks", 400)] {
         let runs = bank.runs();
@@ -69,7 +69,9 @@ pub async fn whatever_is_not_recorded_is_undone_and_the_key_is_free<B: Base>() {
     assert_eq!(bank.deposits().await, 1);
 }
 
-pub async fn a_recorded_error_is_committed_without_its_effects_unless_they_are_kept<B: Base>() {
+pub(crate) async fn a_recorded_error_is_committed_without_its_effects_unless_they_are_kept<
+    B: Base,
+>() {
     let bank = Bank::<B>::open().await;
     let (status, _, _) = bank.send("k", "refuses for good").await;
     assert_eq!(status, StatusCode::CONFLICT);
@@ -84,7 +86,7 @@ pub async fn a_recorded_error_is_committed_without_its_effects_unless_they_are_k
     assert!(bank.send("k", "refuses").await.1);
 }
 
-pub async fn duplicates_of_a_running_one_are_refused_at_once<B: Base>() {
+pub(crate) async fn duplicates_of_a_running_one_are_refused_at_once<B: Base>() {
     let bank = Bank::<B>::open().await;
     let running = bank.running("k", "waits").await;
     for _ in 0..10 {
@@ -101,7 +103,7 @@ pub async fn duplicates_of_a_running_one_are_refused_at_once<B: Base>() {
     assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
 }
 
-pub async fn duplicates_may_wait_for_the_commit<B: Base>() {
+pub(crate) async fn duplicates_may_wait_for_the_commit<B: Base>() {
     let wait = InFlight::Wait(Duration::from_secs(20));
     let bank = Bank::<B>::with(POLICY.in_flight(wait)).await;
     let running = bank.running("k", "waits").await;
@@ -116,7 +118,7 @@ pub async fn duplicates_may_wait_for_the_commit<B: Base>() {
     assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
 }
 
-pub async fn a_client_that_hangs_up_changes_nothing<B: Base>() {
+pub(crate) async fn a_client_that_hangs_up_changes_nothing<B: Base>() {
     let bank = Bank::<B>::open().await;
     let running = bank.running("k", "waits").await;
     running.abort();
@@ -134,7 +136,7 @@ pub async fn a_client_that_hangs_up_changes_nothing<B: Base>() {
     assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
 }
 
-pub async fn a_transaction_that_is_kept_beyond_the_return_is_not_committed<B: Base>() {
+pub(crate) async fn a_transaction_that_is_kept_beyond_the_return_is_not_committed<B: Base>() {
     let bank = Bank::<B>::open().await;
     let (status, _, body) = bank.send("k", "keeps").await;
     assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
@@ -144,19 +146,19 @@ pub async fn a_transaction_that_is_kept_beyond_the_return_is_not_committed<B: Ba
     assert_eq!(bank.send("k", "again").await.0, StatusCode::CREATED);
 }
 
-pub async fn savepoints_of_the_handlers_own_are_its_own<B: Base>() {
+pub(crate) async fn savepoints_of_the_handlers_own_are_its_own<B: Base>() {
     let bank = Bank::<B>::open().await;
     assert_eq!(bank.send("k", "nests").await.0, StatusCode::CREATED);
     assert_eq!(bank.counts().await, (1, 1));
 }
 
-pub async fn steps_are_refused_with_a_reason<B: Base>() {
+pub(crate) async fn steps_are_refused_with_a_reason<B: Base>() {
     let bank = Bank::<B>::open().await;
     let (_, _, body) = bank.send("k", "steps").await;
     assert_eq!(body, "a transactional handler has no steps");
 }
 
-pub async fn the_operation_is_the_same_after_a_rollback_and_another_one_for_another_request<
+pub(crate) async fn the_operation_is_the_same_after_a_rollback_and_another_one_for_another_request<
     B: Base,
 >() {
     let bank = Bank::<B>::open().await;
@@ -167,7 +169,7 @@ pub async fn the_operation_is_the_same_after_a_rollback_and_another_one_for_anot
     assert_ne!(bank.send("l", "refuses and keeps").await.2, first);
 }
 
-pub async fn without_a_key_the_handler_has_its_transaction_all_the_same<B: Base>() {
+pub(crate) async fn without_a_key_the_handler_has_its_transaction_all_the_same<B: Base>() {
     let bank = Bank::<B>::with(POLICY.optional()).await;
     assert_eq!(bank.ask(None, "a").await.status(), StatusCode::CREATED);
     assert_eq!(bank.counts().await, (1, 0));
@@ -176,7 +178,7 @@ pub async fn without_a_key_the_handler_has_its_transaction_all_the_same<B: Base>
     assert_eq!(bank.counts().await, (1, 0));
 }
 
-pub async fn fifty_at_once_have_one_effect<B: Base>() {
+pub(crate) async fn fifty_at_once_have_one_effect<B: Base>() {
     let bank = Bank::<B>::open().await;
     let answers = (0..50).map(|_| tokio::spawn(bank.ask(Some("k"), "a")));
     for answer in different(answers.collect::<Vec<_>>()).await {
@@ -190,7 +192,7 @@ pub async fn fifty_at_once_have_one_effect<B: Base>() {
 }
 
 /// Owners of other keys may hold all connections there are: nobody queues behind them.
-pub async fn duplicates_need_no_connection<B: Base>() {
+pub(crate) async fn duplicates_need_no_connection<B: Base>() {
     let bank = Bank::<B>::open().await;
     let running = bank.running("k", "waits").await;
     let all = futures_util::future::join_all((0..4).map(|_| bank.base.connection())).await;
@@ -207,7 +209,7 @@ pub async fn duplicates_need_no_connection<B: Base>() {
 }
 
 /// Nobody can take back what a handler has committed, and nobody says that it was done.
-pub async fn a_handler_that_ends_the_transaction_itself_is_answered_for<B: Base>() {
+pub(crate) async fn a_handler_that_ends_the_transaction_itself_is_answered_for<B: Base>() {
     let bank = Bank::<B>::open().await;
     assert_refused(&bank.send("k", "commits").await, 500, "transaction_failed");
     assert_eq!(bank.counts().await, (1, 0));
@@ -224,7 +226,7 @@ pub async fn a_handler_that_ends_the_transaction_itself_is_answered_for<B: Base>
     assert_eq!(bank.counts().await, (1, 0));
 }
 
-pub async fn a_statement_that_failed_is_undone_with_a_recorded_error<B: Base>() {
+pub(crate) async fn a_statement_that_failed_is_undone_with_a_recorded_error<B: Base>() {
     let bank = Bank::<B>::open().await;
     let (status, _, _) = bank.send("k", "breaks and refuses for good").await;
     assert_eq!(status, StatusCode::CONFLICT);
@@ -235,7 +237,7 @@ pub async fn a_statement_that_failed_is_undone_with_a_recorded_error<B: Base>() 
 const ISSUED: Policy = Policy::new(NONCE).transaction().issued();
 const NONCE: Anchor = Anchor::header("Idempotency-Key").space("deposits");
 
-pub async fn an_issued_key_is_taken_with_the_effects_or_not_at_all<B: Base>() {
+pub(crate) async fn an_issued_key_is_taken_with_the_effects_or_not_at_all<B: Base>() {
     let bank = Bank::<B>::with(ISSUED).await;
     assert_refused(&bank.send("k", "a").await, 400, "unknown_key");
     bank.app.idem.issue(&NONCE, &(), "k", 7).await.expect("a key");
@@ -251,7 +253,7 @@ pub async fn an_issued_key_is_taken_with_the_effects_or_not_at_all<B: Base>() {
 
 const SHARED: Policy = POLICY.space("deposits");
 
-pub async fn a_handler_without_a_transaction_may_share_the_keys<B: Base>() {
+pub(crate) async fn a_handler_without_a_transaction_may_share_the_keys<B: Base>() {
     let bank = Bank::<B>::with(SHARED).await;
     // It comes second, and is first to record its answer.
     let running = bank.running("k", "waits").await;
@@ -277,7 +279,7 @@ pub async fn a_handler_without_a_transaction_may_share_the_keys<B: Base>() {
     assert_eq!(bank.counts().await, (2, 2));
 }
 
-pub async fn records_are_sealed<B: Base>() {
+pub(crate) async fn records_are_sealed<B: Base>() {
     let bank = Bank::<B>::open().await;
     let seal = |engine: Builder<Scoped>| engine.seal(KeyRing::new(1, &[7; 32]));
     let sealed = Bank::again(bank.base.clone(), POLICY, seal).await;

@@ -34,18 +34,10 @@ async fn f(
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::transaction::Fallback as _;
-        const _: () = ::idem_runtime::__private::transaction::none(
-            ::idem_runtime::__private::transaction::Of::<User>::COUNT,
-        );
-        const _: () = ::idem_runtime::__private::transaction::none(
-            ::idem_runtime::__private::transaction::Of::<Path<u64>>::COUNT,
-        );
-        const _: () = ::idem_runtime::__private::transaction::none(
-            ::idem_runtime::__private::transaction::Of::<Permit>::COUNT,
-        );
-        const _: () = ::idem_runtime::__private::transaction::none(
-            ::idem_runtime::__private::transaction::Of::<Json<B>>::COUNT,
-        );
+        ::idem_runtime::__private::transaction::Of::<User>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Path<u64>>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Permit>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Json<B>>::idem_needs_no_commit();
     }
     let (__call, __last) = match ::idem_runtime::__private::parse(__idem, __policy).await
     {

@@ -70,12 +70,8 @@ pub async fn transfer(
     {
         #[allow(unused_imports)]
         use foo::bar::__private::transaction::Fallback as _;
-        const _: () = foo::bar::__private::transaction::none(
-            foo::bar::__private::transaction::Of::<State<Db>>::COUNT,
-        );
-        const _: () = foo::bar::__private::transaction::none(
-            foo::bar::__private::transaction::Of::<Json<Transfer>>::COUNT,
-        );
+        foo::bar::__private::transaction::Of::<State<Db>>::idem_needs_no_commit();
+        foo::bar::__private::transaction::Of::<Json<Transfer>>::idem_needs_no_commit();
     }
     foo::bar::__private::run(
             __idem,

@@ -21,16 +21,8 @@ where
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::transaction::Fallback as _;
-        const {
-            ::idem_runtime::__private::transaction::none(
-                ::idem_runtime::__private::transaction::Of::<State<T>>::COUNT,
-            )
-        };
-        const {
-            ::idem_runtime::__private::transaction::none(
-                ::idem_runtime::__private::transaction::Of::<Wrap<U>>::COUNT,
-            )
-        };
+        ::idem_runtime::__private::transaction::Of::<State<T>>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Wrap<U>>::idem_needs_no_commit();
     }
     ::idem_runtime::__private::run(
             __idem,

@@ -24,12 +24,10 @@ pub async fn transfer(
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::transaction::Fallback as _;
-        const _: () = ::idem_runtime::__private::transaction::none(
-            ::idem_runtime::__private::transaction::Of::<State<Db>>::COUNT,
-        );
-        const _: () = ::idem_runtime::__private::transaction::none(
-            ::idem_runtime::__private::transaction::Of::<Json<Transfer>>::COUNT,
-        );
+        ::idem_runtime::__private::transaction::Of::<State<Db>>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<
+            Json<Transfer>,
+        >::idem_needs_no_commit();
     }
     ::idem_runtime::__private::run(
             __idem,

@@ -22,10 +22,15 @@ async fn pay(
     {
         #[allow(unused_imports)]
         use ::idem_runtime::__private::transaction::Fallback as _;
-        const _: () = ::idem_runtime::__private::transaction::one(
-            0 + ::idem_runtime::__private::transaction::Of::<Tx<Pg>>::COUNT
-                + ::idem_runtime::__private::transaction::Of::<String>::COUNT,
-        );
+        let __count = ::idem_runtime::__private::transaction::None;
+        let __count = ::idem_runtime::__private::transaction::Of::<
+            Tx<Pg>,
+        >::idem_counted(__count);
+        let __count = ::idem_runtime::__private::transaction::Of::<
+            String,
+        >::idem_counted(__count);
+        ::idem_runtime::__private::transaction::some(&__count);
+        ::idem_runtime::__private::transaction::one(&__count);
     }
     ::idem_runtime::__private::run(
             __idem,

@@ -1,9 +1,10 @@
 //! Handlers' transactions in MySQL and MariaDB.
 //!
 //! A key is held by a lock of the session's (`GET_LOCK`), which a claim that does not get it knows
-//! at once. It is asked for before the transaction reads anything: under REPEATABLE READ, which is
-//! what these servers do unless told otherwise, a transaction goes on seeing what was committed at
-//! its first reading. Nothing is written before the answer is: a handler that shares its keys
+//! at once. Lock and record come before the transaction: under REPEATABLE READ, which is what these
+//! servers do unless told otherwise, a transaction goes on seeing what was committed at its first
+//! reading; and under SERIALIZABLE to look for a record that is not there would lock the place where
+//! it would be, and that of other keys with it. Nothing is written before the answer is: a handler that shares its keys
 //! without a transaction goes by the record alone, and whoever of the two comes second finds that
 //! the record has changed.
 //!
@@ -156,8 +157,8 @@ impl Handlers {
 
     async fn claim(store: &MySqlStore, claim: &Claim) -> Result<Begun, StoreError> {
         let lock = lock_of(store, &claim.key);
-        // Its own statement, before the one that reads: see above.
-        let statements = format!("SELECT GET_LOCK('{lock}', 0); SAVEPOINT idem_effects");
+        // For sqlx it goes on, so that what the handler begins in it is a savepoint.
+        let statements = format!("COMMIT; SELECT GET_LOCK('{lock}', 0)");
         let mut begun = Self::begin(store, Some(lock)).await?;
         let answered = sqlx::raw_sql(sqlx::AssertSqlSafe(statements))
             .fetch_all(begun.session()?)
@@ -197,6 +198,7 @@ impl Handlers {
         };
         match (row, claimed) {
             (Some(row), Claimed::Granted(record)) => {
+                begun.execute("START TRANSACTION; SAVEPOINT idem_effects").await?;
                 begun.claimed = Some(Claimant { row, seen });
                 Ok(Begun::Granted(Box::new(begun), record))
             }
@@ -216,6 +218,10 @@ impl Handlers {
         // Whoever ends it has it no longer.
         let ended = || StoreError::new(NAME, StoreErrorKind::Refused);
         open.map(|open| &mut *open.transaction).ok_or_else(ended)
+    }
+
+    async fn execute(&mut self, sql: &'static str) -> Result<(), StoreError> {
+        sqlx::raw_sql(sql).execute(self.session()?).await.map(drop).map_err(failed)
     }
 
     /// Finds out that the transaction is still the one that began, which has this savepoint: a
@@ -306,8 +312,7 @@ impl Transact for MySqlStore {
         Box::pin(async move {
             let begin = async {
                 let mut begun = Handlers::begin(self, None).await?;
-                let savepoint = sqlx::raw_sql("SAVEPOINT idem_effects");
-                savepoint.execute(begun.session()?).await.map_err(failed)?;
+                begun.execute("SAVEPOINT idem_effects").await?;
                 Ok(Box::new(begun) as Box<dyn Transaction>)
             };
             let begun = timeout(self.0.patience, begin).await;
@@ -344,10 +349,7 @@ impl Transaction for Handlers {
     }
 
     fn undo(&mut self) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move {
-            let undo = sqlx::raw_sql("ROLLBACK TO SAVEPOINT idem_effects");
-            undo.execute(self.session()?).await.map(drop).map_err(failed)
-        })
+        self.execute("ROLLBACK TO SAVEPOINT idem_effects").boxed()
     }
 
     fn complete<'a>(
@@ -359,9 +361,9 @@ impl Transaction for Handlers {
                 return Ok(Written::Done);
             }
             // The transaction may not see what was committed since it began to read.
-            let session = self.session()?;
-            sqlx::raw_sql("ROLLBACK").execute(&mut *session).await.map_err(failed)?;
-            let loaded = load(session, &completion.key).await.map_err(Failure::into_error)?;
+            self.execute("ROLLBACK").await?;
+            let loaded =
+                load(self.session()?, &completion.key).await.map_err(Failure::into_error)?;
             let Some(Loaded { row, now, .. }) = loaded else { return Ok(Written::Gone) };
             let found = found(Some(&row), completion.format, now);
             let found = found.map_err(|kind| StoreError::new(NAME, kind))?;
