@@ -105,9 +105,9 @@ pub(crate) fn function(checked: &Checked) -> TokenStream {
 fn handler(handler: &Wrapped<'_>, state: Option<&Type>) -> (TokenStream, TokenStream) {
     let policy = handler.policy();
     let checks = state.map(|state| handler.state_checks(state));
-    let probe = handler.streaming_probe();
+    let (streams, transaction) = (handler.streaming_probe(), handler.transaction_probe());
     let run = handler.run();
-    let body = quote_spanned!(Span::mixed_site()=> #policy #checks #probe #run);
+    let body = quote_spanned!(Span::mixed_site()=> #policy #checks #streams #transaction #run);
     (handler.signature(), body)
 }
 
@@ -204,6 +204,44 @@ impl<'a> Wrapped<'a> {
                 #[allow(unused_imports)]
                 use #p::probe::Fallback as _;
                 #check
+            }
+        })
+    }
+
+    /// A `Tx` among the arguments goes with the word `transaction`; told by the types, through
+    /// aliases.
+    fn transaction_probe(&self) -> Option<TokenStream> {
+        let (here, p) = (Span::mixed_site(), self.private);
+        let types = || self.handler.arguments.iter().map(|Argument { ty, .. }| ty);
+        let checks = match &self.checked.policy.transaction {
+            Some(word) => {
+                let t = private(self.checked, at(word));
+                let asked = quote_spanned! {at(word)=>
+                    #t::transaction::some(&__count);
+                    #t::transaction::one(&__count);
+                };
+                let types = types();
+                quote_spanned! {here=>
+                    let __count = #p::transaction::None;
+                    #(let __count = #p::transaction::Of::<#types>::idem_counted(__count);)*
+                    #asked
+                }
+            }
+            None => types()
+                .map(|ty| {
+                    let t = private(self.checked, at(ty));
+                    quote_spanned!(at(ty)=> #t::transaction::Of::<#ty>::idem_needs_no_commit();)
+                })
+                .collect(),
+        };
+        (!checks.is_empty()).then(|| {
+            quote_spanned! {here=>
+                {
+                    // Unused where each argument is a `Tx`.
+                    #[allow(unused_imports)]
+                    use #p::transaction::Fallback as _;
+                    #checks
+                }
             }
         })
     }

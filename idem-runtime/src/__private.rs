@@ -67,6 +67,98 @@ pub const fn never<E>(_: &E) -> bool {
     false
 }
 
+/// Finds handlers whose word `transaction` and whose arguments do not agree, through aliases, when
+/// they are compiled.
+pub mod transaction {
+    use std::{fmt, marker::PhantomData};
+
+    /// Stands for the type of an argument.
+    pub struct Of<T>(PhantomData<T>);
+
+    impl<T> fmt::Debug for Of<T> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Of")
+        }
+    }
+
+    /// A transaction that somebody commits. It is never implemented: only those of handlers that do
+    /// not say so are asked.
+    #[diagnostic::on_unimplemented(
+        message = "this handler takes a `Tx` and does not say `transaction`: nobody would commit it",
+        label = "transaction that nobody commits",
+        note = "write `#[idempotent(.., transaction)]`"
+    )]
+    pub trait Committed {}
+
+    /// What every other type answers.
+    pub trait Fallback {
+        /// It is no transaction.
+        fn idem_counted<N>(count: N) -> N {
+            count
+        }
+
+        /// Nothing is wrong.
+        fn idem_needs_no_commit() {}
+    }
+
+    impl<T> Fallback for Of<T> {}
+
+    #[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
+    impl<DB: sqlx::Database> Of<crate::Tx<DB>> {
+        /// It is one more transaction.
+        pub fn idem_counted<N>(_: N) -> More<N> {
+            More(PhantomData)
+        }
+
+        /// Something is.
+        pub fn idem_needs_no_commit()
+        where
+            crate::Tx<DB>: Committed,
+        {
+        }
+    }
+
+    /// No transaction.
+    #[derive(Debug)]
+    pub struct None;
+
+    /// One transaction more. A number would be known too late: of a generic handler only when it is
+    /// built, and of one in a generic `impl` never.
+    pub struct More<N>(PhantomData<N>);
+
+    impl<N> fmt::Debug for More<N> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("More")
+        }
+    }
+
+    /// That there is a transaction.
+    #[diagnostic::on_unimplemented(
+        message = "this handler says `transaction` and takes no `Tx`",
+        label = "no argument is a `Tx`",
+        note = "add an argument such as `mut tx: Tx<Postgres>`, and use `&mut *tx` as the connection"
+    )]
+    pub trait Some {}
+
+    /// That there is no more than one.
+    #[diagnostic::on_unimplemented(
+        message = "this handler takes more than one `Tx`",
+        label = "there is one transaction",
+        note = "take one `Tx`: the record is committed with it"
+    )]
+    pub trait One {}
+
+    impl<N> Some for More<N> {}
+    impl One for None {}
+    impl One for More<None> {}
+
+    /// Asks for a transaction.
+    pub const fn some<N: Some>(_: &N) {}
+
+    /// Asks for no more than one.
+    pub const fn one<N: One>(_: &N) {}
+}
+
 /// Finds handlers that return a stream, through aliases, when they are compiled.
 pub mod probe {
     use std::{fmt, marker::PhantomData};

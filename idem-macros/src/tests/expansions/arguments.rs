@@ -31,6 +31,14 @@ async fn f(
         use ::idem_runtime::__private::probe::Fallback as _;
         ::idem_runtime::__private::probe::Of::<u64>::idem_answer_is_complete();
     }
+    {
+        #[allow(unused_imports)]
+        use ::idem_runtime::__private::transaction::Fallback as _;
+        ::idem_runtime::__private::transaction::Of::<User>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Path<u64>>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Permit>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Json<B>>::idem_needs_no_commit();
+    }
     let (__call, __last) = match ::idem_runtime::__private::parse(__idem, __policy).await
     {
         ::core::result::Result::Ok(__parsed) => __parsed,

@@ -67,6 +67,12 @@ pub async fn transfer(
             Result<Json<Receipt>, Problem>,
         >::idem_answer_is_complete();
     }
+    {
+        #[allow(unused_imports)]
+        use foo::bar::__private::transaction::Fallback as _;
+        foo::bar::__private::transaction::Of::<State<Db>>::idem_needs_no_commit();
+        foo::bar::__private::transaction::Of::<Json<Transfer>>::idem_needs_no_commit();
+    }
     foo::bar::__private::run(
             __idem,
             __policy,

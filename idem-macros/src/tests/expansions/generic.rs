@@ -18,6 +18,12 @@ where
                 ::idem_runtime::__private::FingerprintScheme::body_fields(&["a"]),
             )
     };
+    {
+        #[allow(unused_imports)]
+        use ::idem_runtime::__private::transaction::Fallback as _;
+        ::idem_runtime::__private::transaction::Of::<State<T>>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<Wrap<U>>::idem_needs_no_commit();
+    }
     ::idem_runtime::__private::run(
             __idem,
             __policy,

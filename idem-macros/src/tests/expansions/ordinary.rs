@@ -21,6 +21,14 @@ pub async fn transfer(
             Result<Json<Receipt>, Problem>,
         >::idem_answer_is_complete();
     }
+    {
+        #[allow(unused_imports)]
+        use ::idem_runtime::__private::transaction::Fallback as _;
+        ::idem_runtime::__private::transaction::Of::<State<Db>>::idem_needs_no_commit();
+        ::idem_runtime::__private::transaction::Of::<
+            Json<Transfer>,
+        >::idem_needs_no_commit();
+    }
     ::idem_runtime::__private::run(
             __idem,
             __policy,
