@@ -14,14 +14,14 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{Request, StatusCode},
+    http::{Method, Request, StatusCode},
     response::Response,
     routing::post,
 };
 use http_body_util::BodyExt;
 use idem_runtime::{
-    Anchor, Idempotency, IdempotentExt, InFlight, Operation, Policy, Recording, Scope, Settle, Tx,
-    store::SqliteStore,
+    Anchor, Builder, Idempotency, IdempotentExt, InFlight, KeyName, Operation, Policy,
+    Recording, Scope, Scoped, Settle, Tx, store::SqliteStore,
 };
 use sqlx::{
     Sqlite, SqlitePool,
@@ -36,6 +36,7 @@ const POLICY: Policy = Policy::new(Anchor::header("Idempotency-Key")).transactio
 /// A bank with one table, and a handler that adds one row for each request that it does.
 struct Bank {
     pool: SqlitePool,
+    idem: Idempotency,
     shop: Arc<Counter>,
     app: Router,
     _directory: TempDir,
@@ -122,6 +123,15 @@ impl Bank {
     }
 
     async fn with(policy: Policy) -> Self {
+        Self::under(policy, |engine| engine, None).await
+    }
+
+    /// With an engine of the test's own, and a layer around the handler.
+    async fn under(
+        policy: Policy,
+        build: impl FnOnce(Builder<Scoped>) -> Builder<Scoped>,
+        layer: Option<Policy>,
+    ) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let options = SqliteConnectOptions::new()
             .filename(directory.path().join("bank.db"))
@@ -141,10 +151,13 @@ impl Bank {
             kept: std::sync::Mutex::default(),
         });
         let store = SqliteStore::from_pool(pool.clone()).await.expect("a store");
-        let idem = Idempotency::builder(store).scope(Scope::global()).build();
-        let app = App { idem, counter: Arc::clone(&counter) };
-        let app = Router::new().route("/", post(deposit.idempotent(policy))).with_state(app);
-        Self { pool, shop: counter, app, _directory: directory }
+        let idem = build(Idempotency::builder(store).scope(Scope::global())).build();
+        let app = App { idem: idem.clone(), counter: Arc::clone(&counter) };
+        let mut app = Router::new().route("/", post(deposit.idempotent(policy))).with_state(app);
+        if let Some(layer) = layer {
+            app = app.layer(idem.layer(layer));
+        }
+        Self { pool, idem, shop: counter, app, _directory: directory }
     }
 
     async fn send(&self, key: &str, body: &str) -> (StatusCode, bool, String) {
@@ -323,4 +336,51 @@ async fn without_a_key_the_handler_has_its_transaction_all_the_same() {
     assert_eq!(bank.ask(None, "refuses").await.status(), StatusCode::CONFLICT);
     assert_eq!(bank.ask(None, "fails").await.status(), StatusCode::INTERNAL_SERVER_ERROR);
     assert_eq!((bank.deposits().await, bank.records().await), (1, 0));
+}
+
+const KEY: Anchor = Anchor::header("Idempotency-Key");
+
+#[tokio::test]
+async fn behind_a_layer_each_has_a_record_of_its_own() {
+    let bank = Bank::under(POLICY, |engine| engine, Some(Policy::new(KEY))).await;
+    let first = bank.send("k", "a").await;
+    assert_eq!(first, (StatusCode::CREATED, false, "run 1".into()));
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 2));
+    assert_eq!(bank.send("k", "a").await, (StatusCode::CREATED, true, "run 1".into()));
+    // As after a crash between the commit and the layer's record.
+    let name = KeyName::of(&KEY, "k").operation(&Method::POST, "/", [""; 0]).of_layer();
+    let admin = bank.idem.admin();
+    assert_eq!(admin.purge(&(), &name).await.expect("purged").removed, 1);
+    assert_eq!(bank.send("k", "a").await, (StatusCode::CREATED, true, "run 1".into()));
+    assert_eq!((bank.deposits().await, bank.runs()), (1, 1));
+
+    // What was rolled back leaves the layer's claim free, too: it is run again.
+    for _ in 0..2 {
+        let (status, _, body) = bank.send("l", "keeps").await;
+        assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(body.contains("transaction_failed"), "{body}");
+        drop(bank.shop.kept.lock().expect("a lock").take());
+    }
+    assert_eq!(bank.send("l", "again").await.0, StatusCode::CREATED);
+    assert_eq!(bank.deposits().await, 2);
+}
+
+/// Its effects would be committed before the layer's record: a crash in between would repeat them.
+#[tokio::test]
+async fn under_a_layers_record_a_transaction_does_not_run() {
+    let (of_engine, of_both) = (POLICY, POLICY.space("money"));
+    for (policy, layer) in [(of_engine, KEY), (of_both, KEY.space("money"))] {
+        let bank = Bank::under(policy, |engine| engine.space("api"), Some(layer.into())).await;
+        // Where both are in the engine's space, or in one of their own.
+        for _ in 0..2 {
+            let (status, _, body) = bank.send("k", "a").await;
+            assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+            assert!(body.contains("transaction_failed"), "{body}");
+        }
+        assert_eq!((bank.runs(), bank.deposits().await, bank.records().await), (0, 0, 0));
+    }
+    let apart = POLICY.space("deposits");
+    let bank = Bank::under(apart, |engine| engine.space("api"), Some(KEY.into())).await;
+    assert_eq!(bank.send("k", "a").await.0, StatusCode::CREATED);
+    assert_eq!((bank.deposits().await, bank.records().await), (1, 2));
 }
