@@ -20,7 +20,7 @@ use axum::{
 };
 use http_body_util::BodyExt;
 use idem_runtime::{
-    Anchor, Builder, Idempotency, IdempotentExt, InFlight, KeyName, Operation, Policy,
+    Anchor, Builder, Idempotency, IdempotentExt, InFlight, KeyName, KeyRing, Operation, Policy,
     Recording, Scope, Scoped, Settle, Tx, store::SqliteStore,
 };
 use sqlx::{
@@ -383,4 +383,48 @@ async fn under_a_layers_record_a_transaction_does_not_run() {
     let bank = Bank::under(apart, |engine| engine.space("api"), Some(KEY.into())).await;
     assert_eq!(bank.send("k", "a").await.0, StatusCode::CREATED);
     assert_eq!((bank.deposits().await, bank.records().await), (1, 2));
+}
+
+#[tokio::test]
+async fn what_is_committed_is_sealed_and_redacted() {
+    let sealed = |engine: Builder<Scoped>| engine.seal(KeyRing::new(1, &[7; 32]));
+    let redacted = |engine: Builder<Scoped>| {
+        sealed(engine).redact(|answer| answer.headers.retain(|(name, _)| name != "content-type"))
+    };
+    let wait = InFlight::Wait(Duration::from_secs(20));
+    let bank = Bank::under(POLICY.in_flight(wait), redacted, None).await;
+    let running = tokio::spawn(bank.ask(Some("k"), "waits"));
+    bank.shop.reached.notified().await;
+    let waiter = tokio::spawn(bank.ask(Some("k"), "waits"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    bank.shop.go_on.add_permits(1);
+    let first = running.await.expect("an owner");
+    assert!(first.headers().contains_key("content-type"));
+    for replay in [waiter.await.expect("a waiter"), bank.ask(Some("k"), "waits").await] {
+        assert!(!replay.headers().contains_key("content-type"));
+        assert_eq!(told(replay).await, (StatusCode::CREATED, true, "run 1".into()));
+    }
+    bank.send("l", "refuses for good").await;
+    assert!(bank.send("l", "refuses for good").await.1, "an error that was recorded alone");
+    let payloads: Vec<Vec<u8>> = sqlx::query_scalar("SELECT payload FROM idem_records")
+        .fetch_all(&bank.pool)
+        .await
+        .expect("payloads");
+    assert_eq!(payloads.len(), 2);
+    for payload in payloads {
+        for plain in [&b"run 1"[..], b"refused"] {
+            assert!(!payload.windows(plain.len()).any(|window| window == plain));
+        }
+    }
+
+    // Without the ring, an answer is neither given nor made again.
+    let store = SqliteStore::from_pool(bank.pool.clone()).await.expect("a store");
+    let idem = Idempotency::builder(store).scope(Scope::global()).build();
+    let state = App { idem, counter: Arc::clone(&bank.shop) };
+    let app = Router::new().route("/", post(deposit.idempotent(POLICY))).with_state(state);
+    let bank = Bank { app, ..bank };
+    let (status, _, body) = bank.send("k", "waits").await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+    assert!(body.contains("record_unreadable"), "{body}");
+    assert_eq!((bank.deposits().await, bank.runs()), (1, 2));
 }
