@@ -495,6 +495,11 @@ impl Exchange {
                 // What a handler says of its answer holds for whoever claimed further out, too.
                 let said = response.extensions().get::<Settle>().copied();
                 let settle = match refused {
+                    // Before a handler asked whoever refused it, it may have done something. What a
+                    // layer hands on has been done by nobody.
+                    Some(_) if !policy.is_layer && response.status().is_server_error() => {
+                        Settle::uncertain()
+                    }
                     Some(kind) => after_a_refusal(kind),
                     None => said.unwrap_or(Settle::BY_POLICY),
                 };
