@@ -83,6 +83,8 @@ async fn deposit(
         "refuses" => (StatusCode::CONFLICT, Settle::for_time(DAY), "refused".into()),
         "refuses for good" => (StatusCode::CONFLICT, recorded, "refused".into()),
         "refuses and keeps" => (StatusCode::CONFLICT, recorded.keeping_effects(), id),
+        "takes it back" => (StatusCode::OK, Settle::forgotten(), "nothing happened".into()),
+        "does not know" => (StatusCode::OK, Settle::uncertain(), "who knows".into()),
         "panics" => panic!("as told"),
         "waits" => {
             app.counter.reached.notify_one();
@@ -335,6 +337,11 @@ async fn without_a_key_the_handler_has_its_transaction_all_the_same() {
     assert_eq!((bank.deposits().await, bank.records().await), (1, 0));
     assert_eq!(bank.ask(None, "refuses").await.status(), StatusCode::CONFLICT);
     assert_eq!(bank.ask(None, "fails").await.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    for body in ["takes it back", "does not know"] {
+        // With a key and without one.
+        assert_eq!(bank.ask(None, body).await.status(), StatusCode::OK);
+        assert_eq!(bank.send(body, body).await.0, StatusCode::OK);
+    }
     assert_eq!((bank.deposits().await, bank.records().await), (1, 0));
 }
 
