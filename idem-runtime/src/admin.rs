@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How long one call may take that looks through all records.
-const SEARCH_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const SEARCH_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many records a purge removes in one call.
 const PURGED_AT_ONCE: usize = 1_000;
 
@@ -232,7 +232,7 @@ impl Admin<'_> {
     /// cannot be read is purged [by its key](Self::purge).
     pub async fn purge_operation(&self, id: OperationId) -> Result<Purged, LookUpError> {
         let manage = self.shared.manage()?;
-        let Some(record) = self.shared.ask(manage.find(&id)).await? else {
+        let Some(record) = self.shared.ask_for(SEARCH_TIMEOUT, manage.find(&id)).await? else {
             return Ok(Purged::default());
         };
         let purged = self.shared.ask(manage.purge(&Purge::Key(record.key))).await?;
@@ -303,7 +303,8 @@ impl Admin<'_> {
         id: OperationId,
         check: fn(&Record) -> Result<(), SettleError>,
     ) -> Result<Record, SettleError> {
-        let record = self.shared.ask(self.shared.manage()?.find(&id)).await;
+        let found = self.shared.manage()?.find(&id);
+        let record = self.shared.ask_for(SEARCH_TIMEOUT, found).await;
         let record = record.map_err(LookUpError::from)?.ok_or(SettleError::NotFound)?;
         unsettled(&record)?;
         check(&record)?;

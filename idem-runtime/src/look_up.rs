@@ -5,6 +5,7 @@ use std::fmt;
 use bytes::Bytes;
 
 use crate::{
+    admin::SEARCH_TIMEOUT,
     anchor::AnchorValue,
     decision::Seen,
     engine::{Idempotency, Shared},
@@ -106,8 +107,9 @@ impl LookUp<'_> {
     /// The id is that of the operation that the record is about *now*: a key that was forgotten and
     /// used again is another operation.
     ///
-    /// What it costs is the store's affair: durable stores have an index; the memory store looks
-    /// through all its records.
+    /// What it costs is the store's affair: SQL stores have an index; the memory store looks through
+    /// all its records, and so does Redis for an id that it has no note of. Where strangers can ask,
+    /// have them ask by [key](Self::key) there.
     ///
     /// # Errors
     ///
@@ -164,7 +166,12 @@ impl Shared {
         id: OperationId,
         scope: Option<ScopeDigest>,
     ) -> Result<Option<Found>, LookUpError> {
-        let record = self.ask(self.manage()?.find(&id)).await?;
+        // Operators may wait for a store that looks through all its records.
+        let at_most = match scope {
+            Some(_) => self.limits.store_timeout,
+            None => SEARCH_TIMEOUT,
+        };
+        let record = self.ask_for(at_most, self.manage()?.find(&id)).await?;
         let record = record.filter(|record| scope.is_none_or(|scope| record.scope == scope));
         Ok(record.map(found).transpose()?)
     }
