@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use serde::Serialize;
 
 use crate::{
     anchor::AnchorValue,
@@ -12,14 +13,14 @@ use crate::{
     look_up::{Found, LookUpError, found, values_of},
     observer::{Event, Outcome},
     policy::DEFAULT_LEASE,
-    record::{FORMAT, Flags, Record, RecordedResponse, Ttl},
+    record::{FORMAT, Flags, Record, RecordedResponse, RecordedValue, Ttl},
     store::{
         Claim, Claimed, Completion, Listing, Page, Purge, Purged, Signal, StoreError, Written,
     },
 };
 
 /// How long one call may take that looks through all records.
-const SEARCH_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const SEARCH_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many records a purge removes in one call.
 const PURGED_AT_ONCE: usize = 1_000;
 
@@ -122,7 +123,8 @@ impl Admin<'_> {
     /// for.
     ///
     /// Headers that the engine leaves out of recorded answers are left out of this one, too. A
-    /// settlement counts as an attempt, and the record stays under its operation id.
+    /// settlement counts as an attempt, and the record stays under its operation id. What a plain
+    /// function did is settled by [`settle_done_with_value`](Self::settle_done_with_value).
     ///
     /// A record that was settled meanwhile, or that a retry has taken over, is refused: of an
     /// operator and a retry, or of two operators at once, one wins. Should this process die in the
@@ -138,12 +140,8 @@ impl Admin<'_> {
         answer: &http::Response<Bytes>,
         ttl: impl Into<Ttl>,
     ) -> Result<(), SettleError> {
-        let ttl = ttl.into();
         if answer.status().is_informational() {
             return Err(SettleError::NotAnAnswer("an interim status is none"));
-        }
-        if ttl.is_over() {
-            return Err(SettleError::NotAnAnswer("a record that expires at once protects nothing"));
         }
         let headers = answer.headers().iter();
         let headers: Vec<_> = headers
@@ -151,7 +149,47 @@ impl Admin<'_> {
             .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
             .collect();
         let payload = RecordedResponse::encode(answer.status().as_u16(), &headers, answer.body());
-        let claimed = self.claim(id).await?;
+        self.complete(id, payload, ttl.into(), |record| match record.is_of_function() {
+            true => Err(SettleError::NotAnAnswer("a plain function gives a value, not a response")),
+            false => Ok(()),
+        })
+        .await
+    }
+
+    /// Settles the unknown outcome of a plain function: it was done, and this is what it returned.
+    /// From now on, and for this time, every call with the key gets `Ok` of this value.
+    ///
+    /// It must be of the type that the function returns: a record of another one is refused as
+    /// unreadable, and nothing runs.
+    ///
+    /// # Errors
+    ///
+    /// As for [`settle_done`](Self::settle_done), and when the value cannot be written as JSON.
+    pub async fn settle_done_with_value(
+        &self,
+        id: OperationId,
+        value: &(impl Serialize + ?Sized),
+        ttl: impl Into<Ttl>,
+    ) -> Result<(), SettleError> {
+        let payload = RecordedValue::encode(&serde_json::to_vec(value).map_err(SettleError::Json)?);
+        self.complete(id, payload, ttl.into(), |record| match record.is_of_function() {
+            true => Ok(()),
+            false => Err(SettleError::NotAnAnswer("a handler gives a response, not a value")),
+        })
+        .await
+    }
+
+    async fn complete(
+        &self,
+        id: OperationId,
+        payload: Bytes,
+        ttl: Ttl,
+        check: fn(&Record) -> Result<(), SettleError>,
+    ) -> Result<(), SettleError> {
+        if ttl.is_over() {
+            return Err(SettleError::NotAnAnswer("a record that expires at once protects nothing"));
+        }
+        let claimed = self.claim(id, check).await?;
         let completion = Completion {
             key: claimed.key,
             token: claimed.token,
@@ -176,7 +214,7 @@ impl Admin<'_> {
     ///
     /// As for [`settle_done`](Self::settle_done).
     pub async fn settle_not_done(&self, id: OperationId) -> Result<(), SettleError> {
-        let claimed = self.claim(id).await?;
+        let claimed = self.claim(id, |_| Ok(())).await?;
         let forgotten = self.shared.store.forget(&claimed.key, &claimed.token);
         let written = self.shared.ask(forgotten).await;
         self.settled(&claimed, written, Outcome::SettledNotDone).await
@@ -194,7 +232,7 @@ impl Admin<'_> {
     /// cannot be read is purged [by its key](Self::purge).
     pub async fn purge_operation(&self, id: OperationId) -> Result<Purged, LookUpError> {
         let manage = self.shared.manage()?;
-        let Some(record) = self.shared.ask(manage.find(&id)).await? else {
+        let Some(record) = self.shared.ask_for(SEARCH_TIMEOUT, manage.find(&id)).await? else {
             return Ok(Purged::default());
         };
         let purged = self.shared.ask(manage.purge(&Purge::Key(record.key))).await?;
@@ -260,10 +298,16 @@ impl Admin<'_> {
     }
 
     /// Claims a record whose outcome is unknown, so that nobody runs or settles it meanwhile.
-    async fn claim(&self, id: OperationId) -> Result<Record, SettleError> {
-        let record = self.shared.ask(self.shared.manage()?.find(&id)).await;
+    async fn claim(
+        &self,
+        id: OperationId,
+        check: fn(&Record) -> Result<(), SettleError>,
+    ) -> Result<Record, SettleError> {
+        let found = self.shared.manage()?.find(&id);
+        let record = self.shared.ask_for(SEARCH_TIMEOUT, found).await;
         let record = record.map_err(LookUpError::from)?.ok_or(SettleError::NotFound)?;
         unsettled(&record)?;
+        check(&record)?;
         let claim = Claim {
             key: record.key,
             scope: record.scope,
@@ -397,6 +441,9 @@ pub enum SettleError {
     /// The answer is not one that can be recorded.
     #[error("it cannot be recorded: {0}")]
     NotAnAnswer(&'static str),
+    /// The value cannot be written as JSON.
+    #[error("the value cannot be written as JSON")]
+    Json(#[source] serde_json::Error),
     /// The record could not be looked up, or the store failed.
     #[error("it could not be settled")]
     LookUp(#[from] LookUpError),

@@ -222,7 +222,7 @@ impl<S> Builder<S> {
 
     /// Takes out of each answer what must not be stored, before it is sealed. Whoever caused the
     /// effect gets the whole answer; every replay is of what was stored, without it, and so is a
-    /// retry whose first answer was lost on the way.
+    /// retry whose first answer was lost on the way. The values of plain functions are stored whole.
     ///
     /// A redaction that panics leaves a tombstone: that it was done is recorded, and no answer. A
     /// `Content-Length` that became wrong is left out.

@@ -271,6 +271,10 @@ impl Settle {
 
     /// What a transactional handler did stays although its answer is an error. Otherwise an error that
     /// is recorded undoes it and is committed alone.
+    ///
+    /// Of an answer that is not recorded it says nothing: without a record, a retry would do it again,
+    /// so all of it is undone. An error that the policy does not record needs
+    /// `Settle::recorded().keeping_effects()`.
     pub const fn keeping_effects(mut self) -> Self {
         self.keeps_effects = true;
         self

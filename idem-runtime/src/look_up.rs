@@ -5,6 +5,7 @@ use std::fmt;
 use bytes::Bytes;
 
 use crate::{
+    admin::SEARCH_TIMEOUT,
     anchor::AnchorValue,
     decision::Seen,
     engine::{Idempotency, Shared},
@@ -99,15 +100,16 @@ impl fmt::Debug for LookUp<'_> {
 }
 
 impl LookUp<'_> {
-    /// What became of an operation: `None` if there is none of this id in the scope, or its record
-    /// is over. One of another scope is asked for by the same call of the store and then kept back:
+    /// What became of an operation: `None` if there is none of this id in the scope, it is
+    /// transactional and not committed yet, or its record is over. One of another scope is asked for by the same call of the store and then kept back:
     /// who guesses at ids, which are random, learns nothing.
     ///
     /// The id is that of the operation that the record is about *now*: a key that was forgotten and
     /// used again is another operation.
     ///
-    /// What it costs is the store's affair: durable stores have an index; the memory store looks
-    /// through all its records.
+    /// What it costs is the store's affair: SQL stores have an index; the memory store looks through
+    /// all its records, and so does Redis for an id that it has no note of. Where strangers can ask,
+    /// have them ask by [key](Self::key) there.
     ///
     /// # Errors
     ///
@@ -118,8 +120,9 @@ impl LookUp<'_> {
         self.shared.find(id, Some(scope)).await
     }
 
-    /// What became of the request with a key: `None` if there was none in this scope, it was
-    /// forgotten, or its record is over. See [`KeyName`] for how to say which key.
+    /// What became of the request with a key: `None` if there was none in this scope, it is
+    /// transactional and not committed yet, it was forgotten, or its record is over. So `None` does
+    /// not say that nothing will happen: to be sure, send the request again under its key. See [`KeyName`] for how to say which key.
     ///
     /// ```
     /// use idem_runtime::{Anchor, Became, Format, Idempotency, KeyName, Scope, store::MemoryStore};
@@ -163,7 +166,12 @@ impl Shared {
         id: OperationId,
         scope: Option<ScopeDigest>,
     ) -> Result<Option<Found>, LookUpError> {
-        let record = self.ask(self.manage()?.find(&id)).await?;
+        // Operators may wait for a store that looks through all its records.
+        let at_most = match scope {
+            Some(_) => self.limits.store_timeout,
+            None => SEARCH_TIMEOUT,
+        };
+        let record = self.ask_for(at_most, self.manage()?.find(&id)).await?;
         let record = record.filter(|record| scope.is_none_or(|scope| record.scope == scope));
         Ok(record.map(found).transpose()?)
     }
@@ -188,7 +196,8 @@ pub enum Became {
     /// The time in which its key could be used is over: that of a key that the server handed out,
     /// whether or not it was used. Other records are gone when their time is over.
     Expired,
-    /// It is running.
+    /// It is running. Of a transactional handler there is nothing before the commit: while it runs,
+    /// it is as one that was never seen.
     Running,
     /// An attempt ended without saying whether its effect happened, and no other one has begun.
     UnknownOutcome,

@@ -217,16 +217,22 @@ impl Operation {
         Self(Arc::new(Known { outer, ..Known::default() }))
     }
 
-    /// Whether whoever handed the request on holds this very key: what runs now is protected by it.
-    pub(crate) fn is_claimed_further_out(&self, engine: &Arc<Shared>, key: &Key) -> bool {
+    /// The attempt of whoever handed the request on and holds this very key: it protects what runs
+    /// now.
+    pub(crate) fn claimed_further_out(
+        &self,
+        engine: &Arc<Shared>,
+        key: &Key,
+    ) -> Option<Arc<Attempt>> {
         let mut outer = self.0.outer.as_ref();
         while let Some(Self(known)) = outer {
-            if known.granted.get().is_some_and(|attempt| attempt.holds(engine, key)) {
-                return true;
+            if let Some(attempt) = known.granted.get().filter(|attempt| attempt.holds(engine, key))
+            {
+                return Some(Arc::clone(attempt));
             }
             outer = known.outer.as_ref();
         }
-        false
+        None
     }
 
     /// Says which attempt the handler works on.

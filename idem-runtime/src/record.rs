@@ -170,6 +170,13 @@ impl fmt::Debug for Record {
 }
 
 impl Record {
+    /// Whether a plain function made it, whose answers are values. What stands behind the method of a
+    /// request begins with a slash or a bracket.
+    pub(crate) fn is_of_function(&self) -> bool {
+        let path = self.operation.strip_prefix("fn ");
+        path.is_some_and(|path| !path.starts_with(['/', '(']))
+    }
+
     /// What the decision needs to know of this record.
     pub fn seen(&self) -> Seen {
         let valid = !self.valid_left.is_over();

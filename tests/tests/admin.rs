@@ -2,7 +2,11 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{
     body::Body,
@@ -12,8 +16,8 @@ use axum::{
 };
 use bytes::Bytes;
 use idem_runtime::{
-    Anchor, Became, FORMAT, Idempotency, KeyName, LookUpError, Operation, OperationId, Outcome,
-    Record, SettleError, Ttl, idempotent,
+    Anchor, Became, CallError, FORMAT, Idempotency, KeyName, LookUpError, Operation, OperationId,
+    Outcome, Record, RefusalKind, SettleError, Ttl, idempotent,
     store::{Claim, Claimed, Kind, Listing, Page, Purged, Store, StoreErrorKind},
 };
 use tests::{
@@ -37,6 +41,7 @@ with_faults_on_both_stores!(
     an_issued_key_is_settled_within_its_validity,
     what_is_not_unsettled_is_refused_and_left_alone,
     an_answer_that_is_none_is_refused_before_anything_is_claimed,
+    what_a_function_did_is_settled_with_its_value,
     of_two_operators_at_once_one_wins,
     a_retry_that_runs_is_not_settled,
     a_retry_meets_an_operator_as_one_in_flight,
@@ -264,6 +269,47 @@ async fn an_answer_that_is_none_is_refused_before_anything_is_claimed(ground: Gr
     assert_eq!(faults.calls(Call::Claim), before);
     admin.settle_done(id, &settled(), forever).await.expect("settled");
     assert_eq!(found(&shop.engine, id).await.expect("a record").1.kept_left, Ttl::Forever);
+}
+
+/// What it returned must be read back: a response in its place would be refused for ever.
+async fn what_a_function_did_is_settled_with_its_value(ground: Ground) {
+    #[idempotent(anchor = arg(event), scope = global, on_unknown = refuse, operation = operation)]
+    async fn deliver(
+        idem: &Idempotency,
+        shop: Shop,
+        event: u64,
+        met: Arc<OnceLock<OperationId>>,
+    ) -> Result<String, CallError> {
+        let _ = met.set(operation.id());
+        shop.effects.happen();
+        panic!("on purpose")
+    }
+    let (shop, _) = Shop::over(&ground);
+    let met = Arc::default();
+    let call = || deliver(&shop.engine, shop.clone(), 7, Arc::clone(&met));
+    let panicked = call().await.expect_err("a panic");
+    assert_eq!(panicked.kind(), RefusalKind::HandlerPanicked);
+    let id = *met.get().expect("it ran");
+    assert_eq!(call().await.expect_err("unknown").kind(), RefusalKind::UnknownOutcome);
+
+    let admin = shop.engine.admin();
+    let refused = admin.settle_done(id, &settled(), SETTLED).await;
+    assert!(matches!(refused, Err(SettleError::NotAnAnswer(_))), "{refused:?}");
+    assert_unsettled(&shop.engine, id).await;
+    let by_tuple = HashMap::from([((1, 2), 3)]);
+    let refused = admin.settle_done_with_value(id, &by_tuple, SETTLED).await;
+    assert!(matches!(refused, Err(SettleError::Json(_))), "{refused:?}");
+    assert_unsettled(&shop.engine, id).await;
+    admin.settle_done_with_value(id, "as the books say", SETTLED).await.expect("settled");
+    for _ in 0..2 {
+        assert_eq!(call().await.expect("a value"), "as the books say");
+    }
+    assert_eq!((shop.effects.count(), shop.told(Outcome::SettledDone)), (1, 1));
+
+    let id = unsettled(&shop, "k").await;
+    let refused = admin.settle_done_with_value(id, "as the books say", SETTLED).await;
+    assert!(matches!(refused, Err(SettleError::NotAnAnswer(_))), "{refused:?}");
+    assert_unsettled(&shop.engine, id).await;
 }
 
 async fn of_two_operators_at_once_one_wins(ground: Ground) {

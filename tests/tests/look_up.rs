@@ -13,8 +13,8 @@ use axum::{
 };
 use bytes::Bytes;
 use idem_runtime::{
-    Anchor, Answer, Became, FORMAT, Flags, Format, Found, Idempotency, KeyName, KeyNameError,
-    LookUpError, OperationId, Policy, Scope, Ttl, idempotent,
+    Anchor, Answer, Became, CallError, FORMAT, Flags, Format, Found, Idempotency, KeyName,
+    KeyNameError, LookUpError, OperationId, Policy, Scope, Ttl, idempotent,
     store::{Claim, Claimed, Completion, Store, StoreErrorKind},
 };
 use serde::Deserialize;
@@ -37,6 +37,8 @@ on_both_stores! {
     an_answer_comes_as_it_was_given,
     a_key_is_named_as_its_request_named_it,
     the_names_of_one_key_are_those_of_no_other,
+    what_a_layer_claimed_and_what_the_handler_behind_it_are_two_names,
+    a_functions_key_is_named_by_its_path,
     what_is_issued_is_told_until_it_is_forgotten,
     an_operation_that_was_forgotten_was_never_seen,
     a_record_that_cannot_be_read_is_an_error_and_another_tenants_is_none,
@@ -348,6 +350,57 @@ async fn the_names_of_one_key_are_those_of_no_other(bench: Bench) {
     assert!(matches!(refused(two).await, KeyNameError::Value(_)));
     let unformatted = KeyName::of(&NONCE, "k");
     assert!(matches!(refused(unformatted).await, KeyNameError::Value(_)));
+}
+
+async fn what_a_layer_claimed_and_what_the_handler_behind_it_are_two_names(bench: Bench) {
+    let engine = bench.engine().build();
+    let routes = Router::new()
+        .route("/payments/{id}", post(async || "plain"))
+        .route("/payments", post(pay))
+        .with_state(App { engine: engine.clone(), gate: Gate::default() });
+    let server = Server::start(routes.layer(engine.layer(KEY))).await;
+    send(server.post("/payments/a%2Fb", "k", "")).await.assert_is(200, "plain", false);
+    let plain = KeyName::of(&KEY, "k").operation(&Method::POST, "/payments/{id}", ["a/b"]);
+    assert!(found(&engine, &plain).await.is_none(), "no handler has claimed it");
+    let layers = found(&engine, &plain.of_layer()).await.unwrap();
+    assert!(matches!(layers.became, Became::Completed(_)), "{layers:?}");
+    let first = send(server.post("/payments", "k", "7")).await;
+    let handlers = found(&engine, &payment("k")).await.unwrap().record;
+    let layers = found(&engine, &payment("k").of_layer()).await.unwrap().record;
+    assert_ne!(handlers.operation_id, layers.operation_id);
+    assert_eq!(first.header("idempotent-operation"), Some(&*layers.operation_id.to_string()));
+}
+
+async fn a_functions_key_is_named_by_its_path(bench: Bench) {
+    #[idempotent(anchor = arg(id), scope = arg(tenant))]
+    async fn job(idem: &Idempotency, tenant: &'static str, id: u64) -> Result<u64, CallError> {
+        Ok(id)
+    }
+    #[idempotent(anchor = arg(id), scope = arg(tenant), space = "jobs")]
+    async fn named(idem: &Idempotency, tenant: &'static str, id: u64) -> Result<u64, CallError> {
+        Ok(id)
+    }
+    // An engine's space is for the requests of an API, and no function's.
+    for (id, space) in [(7, None), (8, Some("api"))] {
+        let engine = match space {
+            Some(space) => bench.engine().space(space),
+            None => bench.engine(),
+        };
+        let engine = engine.build();
+        let name = |path: &'static str| KeyName::of_arguments(&id).function(path);
+        assert!(found(&engine, &name("look_up::job")).await.is_none());
+        job(&engine, "a", id).await.unwrap();
+        let record = found(&engine, &name("look_up::job")).await.unwrap();
+        let Became::Completed(Answer::Value(value)) = &record.became else { panic!("{record:?}") };
+        assert_eq!(value.json, id.to_string());
+        assert_eq!(&*record.record.operation, "fn look_up::job");
+        assert!(found(&engine, &name("look_up::other")).await.is_none());
+        named(&engine, "a", id).await.unwrap();
+        assert!(found(&engine, &name("look_up::named")).await.is_none());
+        for name in [name("look_up::named"), KeyName::of_arguments(&id)] {
+            assert!(found(&engine, &name.space("jobs")).await.is_some());
+        }
+    }
 }
 
 async fn what_is_issued_is_told_until_it_is_forgotten(bench: Bench) {

@@ -106,6 +106,17 @@ enum Settlement {
         #[arg(long, default_value = "24h", value_parser = ttl)]
         ttl: Ttl,
     },
+    /// A plain function did it, and this is its value
+    Returned {
+        #[arg(value_name = "OPERATION_ID")]
+        id: OperationId,
+        /// The value as JSON
+        #[arg(value_name = "JSON")]
+        value: serde_json::Value,
+        /// How long calls get it: `90s`, `24h`, `7days`, or `forever`
+        #[arg(long, default_value = "24h", value_parser = ttl)]
+        ttl: Ttl,
+    },
     /// No attempt has done anything: the key is free, and its next request another operation
     NotDone {
         #[arg(value_name = "OPERATION_ID")]
@@ -211,6 +222,10 @@ async fn run(Command { store, secret, task }: Command) -> Result<()> {
             answer.headers_mut().extend(headers);
             admin.settle_done(id, &answer, ttl).await?;
             println!("settled as done: retries get a {status} {}", for_time(ttl));
+        }
+        Task::Settle(Settlement::Returned { id, value, ttl }) => {
+            admin.settle_done_with_value(id, &value, ttl).await?;
+            println!("settled as done: calls get this value {}", for_time(ttl));
         }
         Task::Settle(Settlement::NotDone { id }) => {
             admin.settle_not_done(id).await?;

@@ -118,6 +118,11 @@ pub(crate) enum WrongTransaction {
     Twice,
     #[error("the handler takes a `Tx` of {0}, which is not the database of the engine's store")]
     OtherDatabase(&'static str),
+    #[error(
+        "a layer has claimed the handler's key, and would record its answer after the commit: give \
+         the handler a space of its own"
+    )]
+    ClaimedFurtherOut,
     #[error("the handler kept its `Tx` beyond its return: the transaction was not committed")]
     Kept,
 }
@@ -277,7 +282,7 @@ impl Shared {
     }
 
     /// A handler that cannot have the transaction that it asks for does not run.
-    fn wrong(&self, call: &Call, wrong: WrongTransaction) -> Admission {
+    pub(crate) fn wrong(&self, call: &Call, wrong: WrongTransaction) -> Admission {
         let error = StoreError::caused_by("idem", StoreErrorKind::Refused, wrong);
         self.refuse(call, Refusal::new(RefusalKind::TransactionFailed), Some(error))
     }

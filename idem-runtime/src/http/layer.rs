@@ -105,7 +105,10 @@ impl Idempotency {
     /// The layer's keys are apart from the handlers', so a layer can be put over annotated handlers,
     /// or a handler behind a layer annotated, in a running service. In place of each other they find
     /// none of the other's records: keep both for as long as records live. Only where both name the
-    /// same space and find the same key is there one claim and one record, the layer's.
+    /// same space and find the same key is there one claim and one record, the layer's; what the
+    /// handler says of unknown outcomes holds then, too. A transactional handler is refused there,
+    /// with 500 `transaction_failed`, since its effects would be committed before that record: give
+    /// it a space of its own, and its record is committed with them.
     ///
     /// # Panics
     ///

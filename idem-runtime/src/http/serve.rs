@@ -24,13 +24,14 @@ use crate::{
     decision::OnUnknown,
     detach::FinishAnyway,
     engine::{
-        Admission, Call, Comparable, Compared, End, Ended, Run, Shared, later, transaction::Slot,
+        Admission, Call, Comparable, Compared, End, Ended, Run, Shared, later,
+        transaction::{Slot, WrongTransaction},
     },
     fingerprint::{Subject, is_of_function, scheme_needs_body, under_scheme},
     hooks::{Denied, Fate, Recovery, ReplayShape, RequestContext, Settle},
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
-    operation::Operation,
+    operation::{Attempt, Operation},
     policy::{InFlight, Mode, Policy, Resolved},
     record::{Answer, RecordedResponse, Ttl},
     refusal::{Refusal, RefusalKind},
@@ -341,18 +342,21 @@ impl Exchange {
 
     async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Conducted {
         let shared = Arc::clone(&self.shared);
-        // One key has one record: the claim that this request has already protects this run, too.
         let known = self.head.extensions.get::<Operation>();
-        if known.is_some_and(|operation| operation.is_claimed_further_out(&shared, &call.key)) {
-            return Conducted::Answered(Box::new(self.run_unclaimed(runner).await));
-        }
+        let outer = known.and_then(|known| known.claimed_further_out(&shared, &call.key));
         let until = self.may_wait_until();
-        let admission = match self.policy.transaction {
-            true => {
+        let admission = match (outer, self.policy.transaction) {
+            // One key has one record: the claim that this request has already protects this run, too.
+            (Some(outer), false) => {
+                return Conducted::Answered(Box::new(self.run_within(&outer, runner).await));
+            }
+            // But that record is written after the commit, and a crash in between would be a rerun.
+            (Some(_), true) => shared.wrong(&call, WrongTransaction::ClaimedFurtherOut),
+            (None, true) => {
                 let slot = self.slot();
                 shared.begin(&call, &slot, &mut *self).await
             }
-            false => shared.admit(&call, &mut *self).await,
+            (None, false) => shared.admit(&call, &mut *self).await,
         };
         let enforced = self.policy.mode == Mode::Enforce;
         let response = match admission {
@@ -416,6 +420,39 @@ impl Exchange {
         }
     }
 
+    /// Runs the handler under the claim of whoever handed the request on. What the handler says of
+    /// unknown outcomes holds all the same.
+    async fn run_within(mut self: Box<Self>, outer: &Attempt, runner: Runner) -> Response {
+        let operation = Operation::of(&mut self.head.extensions);
+        let is_refused = self.policy.on_unknown == OnUnknown::Refuse
+            && self.policy.mode == Mode::Enforce
+            && outer.number > 1;
+        match self.recovered(outer, &operation).await {
+            Some(Recovery::Answered(response)) => {
+                let mut response = response.map(Body::new);
+                response.extensions_mut().insert(Settle::recorded());
+                response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+                response
+            }
+            None if !is_refused => self.run_unclaimed(runner).await,
+            Some(Recovery::NeverHappened) => self.run_unclaimed(runner).await,
+            Some(Recovery::Unknown) | None => {
+                let kind = RefusalKind::UnknownOutcome;
+                self.tell(Outcome::Refused(kind), Some(outer.id));
+                self.render(Refusal::new(kind).about(outer.id))
+            }
+        }
+    }
+
+    /// What the application says that an earlier attempt came to, if it is to be asked.
+    async fn recovered(&mut self, attempt: &Attempt, operation: &Operation) -> Option<Recovery> {
+        let is_asked = self.policy.on_unknown == OnUnknown::Recover
+            && self.policy.mode == Mode::Enforce
+            && attempt.number > 1;
+        let recover = self.policy.recover.filter(|_| is_asked)?;
+        Some(recover(self.context(operation)).await.0)
+    }
+
     /// Asks the application what an earlier attempt came to, and whether this one may run; then
     /// runs it. Everything of the application's is in here, up to the last piece of its response's
     /// body; `None` if it threw the work away.
@@ -425,26 +462,18 @@ impl Exchange {
         operation: Operation,
         runner: Runner,
     ) -> Option<(Response, End)> {
-        if let Some(recover) = self.policy.recover
-            && self.policy.on_unknown == OnUnknown::Recover
-            && self.policy.mode == Mode::Enforce
-            && run.attempt.number > 1
-        {
-            match recover(self.context(&operation)).await.0 {
-                Recovery::Answered(response) => {
-                    let response = response.map(Body::new);
-                    let settle = Settle::recorded();
-                    let (mut response, end) =
-                        weigh(&self.shared, &self.policy, response, settle).await;
-                    response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
-                    return Some((response, end));
-                }
-                Recovery::Unknown => {
-                    let refusal = Refusal::new(RefusalKind::UnknownOutcome).about(run.attempt.id);
-                    return Some((self.render(refusal), End::Release));
-                }
-                Recovery::NeverHappened => {}
+        match self.recovered(&run.attempt, &operation).await {
+            Some(Recovery::Answered(response)) => {
+                let (response, settle) = (response.map(Body::new), Settle::recorded());
+                let (mut response, end) = weigh(&self.shared, &self.policy, response, settle).await;
+                response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+                return Some((response, end));
             }
+            Some(Recovery::Unknown) => {
+                let refusal = Refusal::new(RefusalKind::UnknownOutcome).about(run.attempt.id);
+                return Some((self.render(refusal), End::Release));
+            }
+            Some(Recovery::NeverHappened) | None => {}
         }
         match AssertUnwindSafe(self.ask_to_admit(&operation)).catch_unwind().await {
             Ok(Ok(())) => {}
@@ -466,6 +495,11 @@ impl Exchange {
                 // What a handler says of its answer holds for whoever claimed further out, too.
                 let said = response.extensions().get::<Settle>().copied();
                 let settle = match refused {
+                    // Before a handler asked whoever refused it, it may have done something. What a
+                    // layer hands on has been done by nobody.
+                    Some(_) if !policy.is_layer && response.status().is_server_error() => {
+                        Settle::uncertain()
+                    }
                     Some(kind) => after_a_refusal(kind),
                     None => said.unwrap_or(Settle::BY_POLICY),
                 };

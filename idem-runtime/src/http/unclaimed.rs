@@ -8,7 +8,7 @@ use http::Extensions;
 use super::answer::{refuse, say};
 use crate::{
     engine::{Shared, transaction::Slot},
-    hooks::Settle,
+    hooks::{Fate, Settle},
     observer::Outcome,
     policy::Resolved,
     refusal::{Refusal, RefusalKind},
@@ -37,16 +37,20 @@ impl Unclaimed {
         })
     }
 
-    /// Runs the handler; what it did is committed unless its answer is an error.
+    /// Runs the handler; what it did is committed unless its answer is an error, or says that nothing
+    /// happened or that nobody knows: as under a claim.
     pub(crate) async fn run(self, work: impl Future<Output = Response>) -> Response {
         let transaction = match self.shared.unclaimed_transaction(&self.slot).await {
             Ok(transaction) => transaction,
             Err((kind, error)) => return self.refused(kind, &error),
         };
         let response = work.await;
-        let settle = response.extensions().get::<Settle>();
-        let keep =
-            response.status().as_u16() < 400 || settle.is_some_and(|settle| settle.keeps_effects);
+        let settle = response.extensions().get::<Settle>().copied().unwrap_or(Settle::BY_POLICY);
+        let is_error = response.status().as_u16() >= 400;
+        let keep = match settle.fate {
+            Fate::Forget | Fate::Release => false,
+            Fate::ByPolicy | Fate::Record | Fate::Tombstone => !is_error || settle.keeps_effects,
+        };
         match transaction.end(&self.shared, keep).await {
             Ok(()) => response,
             Err((kind, error)) => self.refused(kind, &error),

@@ -111,7 +111,9 @@ impl KeyName {
     /// prefixes of nested routers), and the *decoded* values of the route's parameters. The names
     /// of the parameters make no difference, unless the anchor is one of them.
     ///
-    /// Where there is a space, an operation is no part of the key, and this says nothing.
+    /// Where there is a space, an operation is no part of the key, and this says nothing. A request
+    /// that no route matched, as around a whole router, has no such name: find its record by its
+    /// operation id.
     #[must_use]
     pub fn operation<P: Into<String>>(
         mut self,
@@ -127,13 +129,57 @@ impl KeyName {
 
     /// The key under which a [layer](crate::Idempotency::layer) claimed the operation, and not the
     /// handler behind it.
+    ///
+    /// ```
+    /// use axum::{Router, routing::post};
+    /// use http::Method;
+    /// use idem_runtime::{Anchor, Idempotency, KeyName, Scope, store::MemoryStore};
+    ///
+    /// const KEY: Anchor = Anchor::header("Idempotency-Key");
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let idem = Idempotency::builder(MemoryStore::new()).scope(Scope::global()).build();
+    /// let app: Router = Router::new()
+    ///     .route("/payments", post(|| async { "paid" }))
+    ///     .route_layer(idem.layer(KEY));
+    /// # use tower::ServiceExt;
+    /// # let request = http::Request::post("/payments").header("idempotency-key", "order-1");
+    /// # app.oneshot(request.body(axum::body::Body::empty())?).await?;
+    /// let name = KeyName::of(&KEY, "order-1").operation(&Method::POST, "/payments", [""; 0]);
+    /// assert!(idem.look_up(&()).key(&name.of_layer()).await?.is_some());
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub const fn of_layer(mut self) -> Self {
         self.is_layers = true;
         self
     }
 
-    /// The plain function that it was given to, by its path: `my_crate::jobs::deliver`.
+    /// The plain function that it was given to, by its path: `my_crate::jobs::deliver`. It is that of
+    /// the module and the function's name, also of a method or of a function within another.
+    ///
+    /// A function that names a space is found by that [space](Self::space) instead; one that the
+    /// engine names is none of its.
+    ///
+    /// ```
+    /// use idem_runtime::{CallError, Idempotency, KeyName, Scope, idempotent, store::MemoryStore};
+    ///
+    /// #[idempotent(anchor = arg(event))]
+    /// async fn deliver(idem: &Idempotency, event: u64) -> Result<(), CallError> {
+    ///     Ok(())
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let idem = Idempotency::builder(MemoryStore::new()).scope(Scope::global()).build();
+    /// deliver(&idem, 7).await?;
+    /// let name = KeyName::of_arguments(&7_u64).function(concat!(module_path!(), "::deliver"));
+    /// assert!(idem.look_up(&()).key(&name).await?.is_some());
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn function(mut self, path: impl Into<Cow<'static, str>>) -> Self {
         self.function = Some(path.into());
@@ -145,7 +191,9 @@ impl Shared {
     /// The key of this name in a scope.
     pub(crate) fn named(&self, name: &KeyName, scope: &Values) -> Result<Key, KeyNameError> {
         let values = name.anchor.checked(&name.values, self.limits.key_length)?;
-        let said = name.anchor.options.space.or(self.options.space);
+        // The engine's space is for the requests of an API.
+        let engines = self.options.space.filter(|_| name.function.is_none());
+        let said = name.anchor.options.space.or(engines);
         if let Some(space) = name.space.as_deref().or(said) {
             return Ok(self.digester.key(Space::Named(space), scope, &values));
         }

@@ -11,8 +11,8 @@ use axum::{
     routing::post,
 };
 use idem_runtime::{
-    Anchor, Handled, Idempotency, IdempotentExt, InFlight, Operation, Outcome, Policy, Settle,
-    idempotent,
+    Anchor, Handled, Idempotency, IdempotentExt, InFlight, OnUnknown, Operation, Outcome, Policy,
+    Recovered, Settle, idempotent,
 };
 use reqwest::Method;
 use tests::{
@@ -32,6 +32,7 @@ on_both_stores! {
     a_replay_of_the_handlers_is_an_answer_to_the_layer,
     a_layer_that_comes_later_finds_the_handlers_records,
     a_space_that_both_name_has_one_record,
+    under_one_record_the_handler_says_what_an_unknown_outcome_leads_to,
     a_key_that_only_the_handler_uses_is_used,
     what_a_handler_says_of_its_answer_holds_for_both,
     what_a_layer_in_between_did_counts_after_a_refusal,
@@ -121,6 +122,37 @@ async fn a_space_that_both_name_has_one_record(bench: Bench) {
     assert_eq!(first.text(), format!("1 {}", operation_of(&first)));
     ask(&server, Method::POST, "/").await.assert_is(200, &first.text(), true);
     assert_eq!(bench.told.outcomes(), [Outcome::Recorded, Outcome::Replayed]);
+}
+
+/// The layer by itself would have it run again.
+async fn under_one_record_the_handler_says_what_an_unknown_outcome_leads_to(bench: Bench) {
+    const REFUSE: Policy = Policy::new(KEY).on_unknown(OnUnknown::Refuse);
+    const ASK: Policy = Policy::new(KEY).recover(|request| {
+        Box::pin(async move {
+            match request.headers().contains_key("x-known") {
+                true => Recovered::answered((StatusCode::CREATED, "as the bank says")),
+                false => Recovered::unknown(),
+            }
+        })
+    });
+    let engine = bench.engine().space("money").build();
+    let effects = bench.effects.clone();
+    let handler = async move || (Settle::uncertain(), effects.happen().to_string());
+    let routes = Router::new()
+        .route("/refuse", post(handler.clone().idempotent(REFUSE)))
+        .route("/ask", post(handler.idempotent(ASK)));
+    let layered = routes.with_state(engine.clone()).layer(engine.layer(KEY));
+    let server = Server::start(layered).await;
+    for (path, key, effect) in [("/refuse", "1", "1"), ("/ask", "2", "2")] {
+        send(server.post(path, key, "")).await.assert_is(200, effect, false);
+        for _ in 0..2 {
+            send(server.post(path, key, "")).await.assert_refused(409, "unknown_outcome");
+        }
+    }
+    let known = send(server.post("/ask", "2", "").header("x-known", "1")).await;
+    known.assert_is(201, "as the bank says", true);
+    send(server.post("/ask", "2", "")).await.assert_is(201, "as the bank says", true);
+    assert_eq!(bench.effects.count(), 2);
 }
 
 async fn a_key_that_only_the_handler_uses_is_used(bench: Bench) {

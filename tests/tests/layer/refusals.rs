@@ -9,6 +9,7 @@ use std::{
 
 use axum::{
     Router,
+    extract::Request,
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::post,
@@ -26,11 +27,13 @@ use tests::{
     stores::Bench,
 };
 use tokio::task::JoinHandle;
+use tower::ServiceExt;
 
-use super::WRITES;
+use super::{KEY, WRITES};
 
 on_both_stores! {
     a_request_that_cannot_have_run_is_forgotten,
+    a_handler_that_passes_a_refusal_on_may_have_done_something,
     a_mismatch_holds_the_key_to_nothing,
     an_answer_that_was_not_kept_is_forgotten,
     a_store_that_fails_further_in_leaves_the_key_free,
@@ -165,6 +168,27 @@ async fn a_request_that_cannot_have_run_is_forgotten(bench: Bench) {
             assert_eq!(both.effects.count(), 0);
         }
     }
+}
+
+/// What it did before must not be done again as another operation.
+async fn a_handler_that_passes_a_refusal_on_may_have_done_something(bench: Bench) {
+    let busy = engine(MemoryStore::new()).detached_limit(0).build();
+    let asked = Router::new().route("/", post((async || "").idempotent(INNER))).with_state(busy);
+    let effects = bench.effects.clone();
+    let handler = move |request: Request| {
+        effects.happen();
+        asked.clone().oneshot(request)
+    };
+    let server = bench.serve(KEY, handler).await;
+    let mut operations = Vec::new();
+    for attempt in 1..=2 {
+        send(server.post("/", "k", "").header("x-inner", "i")).await.assert_refused(503, "busy");
+        let record = bench.store.last_record().await.unwrap();
+        assert_eq!((record.state, record.attempt), (State::Released, attempt));
+        operations.push(record.operation_id);
+    }
+    assert_eq!(operations[0], operations[1]);
+    assert_eq!(bench.effects.count(), 2);
 }
 
 async fn a_mismatch_holds_the_key_to_nothing(bench: Bench) {

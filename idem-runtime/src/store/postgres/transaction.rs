@@ -109,7 +109,7 @@ impl Handlers {
     }
 
     async fn claim(mut self, claim: &Claim) -> Result<Begun, StoreError> {
-        let looked = look(self.session(), &claim.key).await?;
+        let looked = look(&mut self.session(), &claim.key).await?;
         if looked.holder != hex(claim.token.as_bytes()) {
             self.roll_back().await?;
             return Ok(Begun::Held);
@@ -185,7 +185,7 @@ struct Looked {
     now: Millis,
 }
 
-async fn look(session: Session<'_>, key: &Key) -> Result<Looked, Fault> {
+async fn look(session: &mut Session<'_>, key: &Key) -> Result<Looked, Fault> {
     let query = sqlx::query(
         "SELECT coalesce(current_setting('idem.holder', true), '') AS holder,
                 floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms,
@@ -207,7 +207,7 @@ async fn look(session: Session<'_>, key: &Key) -> Result<Looked, Fault> {
 /// Writes the record, if it is as it was found and this is still the transaction of the claim;
 /// whether that was so.
 async fn write(
-    session: Session<'_>,
+    session: &mut Session<'_>,
     row: &Row,
     seen: Option<&Row>,
     ttl: Ttl,
@@ -276,7 +276,7 @@ struct IsHeld(i64);
 impl Call for IsHeld {
     type Answer = bool;
 
-    async fn once(&self, session: Session<'_>) -> Result<Option<bool>, Fault> {
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<bool>, Fault> {
         let query = sqlx::query(
             "SELECT EXISTS (
                  SELECT FROM pg_locks
@@ -341,11 +341,14 @@ impl Transaction for Handlers {
                 Ended::Changed | Ended::Already | Ended::Removed => {}
             }
             let Claimant { row, seen, .. } = &claimed;
-            if write(self.session(), row, seen.as_ref(), completion.ttl).await.map_err(failure)? {
+            if write(&mut self.session(), row, seen.as_ref(), completion.ttl)
+                .await
+                .map_err(failure)?
+            {
                 self.claimed = Some(claimed);
                 return Ok(Written::Done);
             }
-            let looked = look(self.session(), &completion.key).await?;
+            let looked = look(&mut self.session(), &completion.key).await?;
             if looked.holder != hex(completion.token.as_bytes()) {
                 let cause = "the handler has ended the transaction that it does not own";
                 return Err(StoreError::caused_by(NAME, StoreErrorKind::Refused, cause));
