@@ -55,6 +55,45 @@ use crate::{
 /// # }
 /// ```
 ///
+/// # What a database holds meanwhile
+///
+/// | | PostgreSQL | MySQL, MariaDB | SQLite |
+/// |---|---|---|---|
+/// | a connection of the pool | from claim to commit | from claim to commit | from claim to commit |
+/// | for the key | an advisory lock of the transaction's | a lock of the session's (`GET_LOCK`) | the only write lock |
+/// | others who write | go on | go on | wait |
+/// | a duplicate | is in flight at once | is in flight at once | of this process is in flight at once; of another one waits for the write lock |
+/// | a claim | two round trips | four round trips | no network |
+/// | record and commit | two round trips | three round trips | no network |
+///
+/// Size the pool for the handlers that run at once: each has a connection for as long as it runs. A
+/// handler that needs another connection beside its `Tx` can wait for one that the others hold.
+///
+/// **Isolation.** The transaction has the level that the connection has by default; it begins after
+/// the claim has been decided, so it cannot be changed for one handler by `SET TRANSACTION`, but for
+/// a pool. Where the database gives a transaction up for another one's sake (a deadlock, a
+/// serialization failure), nothing was done: 500 `transaction_failed`, and a retry runs. On
+/// PostgreSQL above READ COMMITTED a claim may miss what another one under the same key has
+/// committed in the same moment; its own completion then fails in that way.
+///
+/// **A failed statement** ends a PostgreSQL transaction. A handler that ignores it and answers with
+/// a success is answered for with 500 `transaction_failed`; one that means to go on wraps the
+/// statement in a savepoint (`tx.begin()`). In MySQL and SQLite the other statements stand.
+///
+/// **MySQL and MariaDB commit by themselves** before and after each statement that defines something
+/// (`CREATE`, `ALTER`, `DROP`, `TRUNCATE`, among
+/// [others](https://dev.mysql.com/doc/refman/8.4/en/implicit-commit.html)). What the handler did
+/// before is then done, without a record: 500 `transaction_failed`, and a retry does it again. Leave
+/// such statements to migrations.
+///
+/// **Handlers that share the keys without `transaction`** see no claim of a transaction. Whoever of
+/// the two records second finds the other's record: the transaction is rolled back, and its request
+/// gets that answer or 409 `lease_lost`. On a cluster of MySQL servers that all take writes, the
+/// lock is that server's only, and the same rule decides between two transactions.
+///
+/// **A pooler in transaction mode** before PostgreSQL works; before MySQL it must keep a session for
+/// as long as it holds a lock.
+///
 /// # Panics
 ///
 /// When it is used where there is no transaction: in a handler that does not say `transaction`

@@ -86,7 +86,7 @@ impl Proxy {
                     }
                     server.write_all(asked).await?;
                     if fate == Fate::Unanswered {
-                        server.read(&mut answered).await?;
+                        let _unseen = server.read(&mut answered).await?;
                         return Ok(());
                     }
                 }

@@ -158,7 +158,7 @@ impl Handlers {
     async fn claim(store: &MySqlStore, claim: &Claim) -> Result<Begun, StoreError> {
         let lock = lock_of(store, &claim.key);
         // For sqlx it goes on, so that what the handler begins in it is a savepoint.
-        let statements = format!("COMMIT; SELECT GET_LOCK('{lock}', 0)");
+        let statements = format!("ROLLBACK; SELECT GET_LOCK('{lock}', 0)");
         let mut begun = Self::begin(store, Some(lock)).await?;
         let answered = sqlx::raw_sql(sqlx::AssertSqlSafe(statements))
             .fetch_all(begun.session()?)
