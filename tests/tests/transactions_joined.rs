@@ -21,7 +21,7 @@ use axum::{
 use http_body_util::BodyExt;
 use idem_runtime::{
     Anchor, Builder, Idempotency, IdempotentExt, InFlight, KeyName, KeyRing, Operation, Policy,
-    Recording, Scope, Scoped, Settle, Tx, store::SqliteStore,
+    Scope, Scoped, Settle, Tx, store::SqliteStore,
 };
 use sqlx::{
     Sqlite, SqlitePool,
@@ -120,14 +120,6 @@ async fn deposit(
 const DAY: idem_runtime::Ttl = idem_runtime::Ttl::For(Duration::from_secs(24 * 60 * 60));
 
 impl Bank {
-    async fn open() -> Self {
-        Self::with(POLICY).await
-    }
-
-    async fn with(policy: Policy) -> Self {
-        Self::under(policy, |engine| engine, None).await
-    }
-
     /// With an engine of the test's own, and a layer around the handler.
     async fn under(
         policy: Policy,

@@ -128,7 +128,7 @@ async fn deposit<B: Base>(
     let id = operation.id().to_string();
     insert::<B>(&mut tx, &body).await.expect("a row");
     let (made, recorded) = (Settle::for_time(DAY), Settle::recorded());
-    let numbered = (StatusCode::CREATED, made.clone(), format!("run {run}"));
+    let numbered = (StatusCode::CREATED, made, format!("run {run}"));
     match body.as_str() {
         "fails" => (StatusCode::INTERNAL_SERVER_ERROR, made, "failed".into()),
         "refuses" => (StatusCode::CONFLICT, made, "refused".into()),
