@@ -45,8 +45,6 @@ pub(crate) trait Base: Clone + fmt::Debug + Send + Sync + 'static {
     fn open(connections: u32) -> impl Future<Output = Self> + Send;
     /// Where another process finds it.
     fn url(&self) -> String;
-    /// The same database, as another process has it.
-    fn beside(&self) -> impl Future<Output = Self> + Send;
     fn store(&self) -> impl Future<Output = impl Store> + Send;
     fn connection(&self)
     -> impl Future<Output = sqlx::pool::PoolConnection<Self::Database>> + Send;
@@ -221,11 +219,6 @@ impl<B: Base> Bank<B> {
         let table = "CREATE TABLE deposits (what VARCHAR(100) NOT NULL)";
         B::execute(&mut *base.connection().await, table.into()).await.expect("a table");
         Self::again(base, policy, |engine| engine).await
-    }
-
-    /// Another process of the same bank.
-    pub(crate) async fn beside(&self, policy: Policy) -> Self {
-        Self::again(self.base.beside().await, policy, |engine| engine).await
     }
 
     pub(crate) async fn again(

@@ -49,10 +49,6 @@ impl Base for File {
         format!("sqlite://{}", self.directory.path().join("bank.db").display())
     }
 
-    async fn beside(&self) -> Self {
-        Self::connect(Arc::clone(&self.directory), 5).await
-    }
-
     async fn store(&self) -> impl Store {
         SqliteStore::from_pool(self.pool.clone()).await.expect("a store")
     }

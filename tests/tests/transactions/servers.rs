@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use axum::{Router, body::Body, http::Request, routing::post};
 use idem_runtime::{
-    Idempotency, IdempotentExt, InFlight, Scope, Tx,
+    Idempotency, IdempotentExt, InFlight, Policy, Scope, Tx,
     store::{MySqlStore, PostgresStore, Store},
 };
 use sqlx::{
@@ -29,8 +29,8 @@ use crate::bank::{Bank, Base, PATIENCE, POLICY, assert_refused, different, told}
 
 /// A database on a server.
 trait Served: Base {
-    /// The same database, as it is seen through a proxy.
-    fn through(&self, proxy: &Proxy) -> Self;
+    /// The same database, as another process sees it through this port.
+    fn through(&self, port: u16) -> Self;
     fn port(&self) -> u16;
     /// The statement that names the connection.
     const WHO: &str;
@@ -70,10 +70,6 @@ impl Base for InPostgres {
         self.database.url().to_owned()
     }
 
-    async fn beside(&self) -> Self {
-        Self::connect(self.database.clone(), self.port(), 5)
-    }
-
     async fn store(&self) -> impl Store {
         PostgresStore::new(self.pool.clone())
     }
@@ -82,8 +78,8 @@ impl Base for InPostgres {
 }
 
 impl Served for InPostgres {
-    fn through(&self, proxy: &Proxy) -> Self {
-        Self::connect(self.database.clone(), proxy.port(), 5)
+    fn through(&self, port: u16) -> Self {
+        Self::connect(self.database.clone(), port, 5)
     }
 
     fn port(&self) -> u16 {
@@ -125,10 +121,6 @@ impl Base for InMariaDb {
         self.database.url().to_owned()
     }
 
-    async fn beside(&self) -> Self {
-        Self::connect(self.database.clone(), self.port(), 5)
-    }
-
     async fn store(&self) -> impl Store {
         MySqlStore::new(self.pool.clone())
     }
@@ -137,8 +129,8 @@ impl Base for InMariaDb {
 }
 
 impl Served for InMariaDb {
-    fn through(&self, proxy: &Proxy) -> Self {
-        Self::connect(self.database.clone(), proxy.port(), 5)
+    fn through(&self, port: u16) -> Self {
+        Self::connect(self.database.clone(), port, 5)
     }
 
     fn port(&self) -> u16 {
@@ -150,9 +142,15 @@ impl Served for InMariaDb {
     const ABORTS: bool = false;
 }
 
+/// Another process of the same bank.
+async fn beside<B: Served>(bank: &Bank<B>, policy: Policy) -> Bank<B> {
+    let base = bank.base.through(bank.base.port());
+    Bank::again(base, policy, |engine| engine).await
+}
+
 async fn fifty_duplicates_in_another_process_are_answered_while_the_owner_runs<B: Served>() {
     let bank = Bank::<B>::open().await;
-    let other = bank.beside(POLICY).await;
+    let other = beside(&bank, POLICY).await;
     let running = bank.running("k", "waits").await;
     let start = Instant::now();
     let duplicates: Vec<_> = (0..50).map(|_| tokio::spawn(other.ask(Some("k"), "waits"))).collect();
@@ -172,7 +170,7 @@ async fn fifty_duplicates_in_another_process_are_answered_while_the_owner_runs<B
 async fn duplicates_in_another_process_may_wait_for_the_commit<B: Served>() {
     let policy = POLICY.in_flight(InFlight::Wait(PATIENCE));
     let bank = Bank::<B>::with(policy).await;
-    let other = bank.beside(policy).await;
+    let other = beside(&bank, policy).await;
     let running = bank.running("k", "waits").await;
     let waiting: Vec<_> = (0..50).map(|_| tokio::spawn(other.ask(Some("k"), "waits"))).collect();
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -192,7 +190,7 @@ async fn a_connection_that_is_killed_in_mid_handler_undoes_all_of_it<B: Served>(
         let running = bank.running(body, body).await;
         let mut own = bank.base.connection().await;
         let me = B::number(&mut own, B::WHO.into()).await.expect("a number");
-        for session in others(&bank, &mut own, me).await {
+        for session in others::<B>(&mut own, me).await {
             let _ = B::execute(&mut own, format!("{}({session})", B::KILL)).await;
         }
         bank.go_on();
@@ -213,11 +211,9 @@ async fn a_connection_that_is_killed_in_mid_handler_undoes_all_of_it<B: Served>(
 
 /// The other sessions of the test's database.
 async fn others<B: Served>(
-    bank: &Bank<B>,
     connection: &mut <B::Database as sqlx::Database>::Connection,
     me: i64,
 ) -> Vec<i64> {
-    let _ = bank;
     let (table, column) = match B::ABORTS {
         true => ("pg_stat_activity WHERE datname = current_database() AND", "pid"),
         false => ("information_schema.processlist WHERE db = DATABASE() AND", "id"),
@@ -285,7 +281,7 @@ async fn a_commit_whose_answer_is_lost_is_found_out<B: Served>() {
 async fn behind_a_proxy<B: Served>() -> (Bank<B>, Proxy) {
     let base = B::open(5).await;
     let proxy = Proxy::start(base.port()).await;
-    (Bank::on(base.through(&proxy), POLICY.optional()).await, proxy)
+    (Bank::on(base.through(proxy.port()), POLICY.optional()).await, proxy)
 }
 
 /// Under every isolation: what a snapshot has missed is found at the end.
