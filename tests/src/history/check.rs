@@ -43,7 +43,7 @@ impl Violations {
 impl fmt::Display for Violations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} violations", self.0.len())?;
-        self.0.iter().take(20).try_for_each(|violation| write!(f, "\n  {violation}"))
+        self.0.iter().take(8).try_for_each(|violation| write!(f, "\n  {violation}"))
     }
 }
 
@@ -58,6 +58,8 @@ pub struct Summary {
     pub replays: usize,
     /// Effects of handlers.
     pub effects: usize,
+    /// Handlers that began and died with their process.
+    pub died: usize,
     /// Claims that were granted to who was not the first, after a release or a lease's end.
     pub takeovers: usize,
     /// Ends of claims that came after another one had taken over, or for nobody.
@@ -94,6 +96,7 @@ pub fn check(events: &[Event], rules: Rules) -> Result<Summary, Violations> {
             }
             What::Ran { key, operation, attempt, effects } => {
                 summary.effects += effects.len();
+                summary.died += usize::from(event.ended.is_none());
                 let (operation, attempt) = (*operation, *attempt);
                 let ran = Ran { begun: event.begun, operation, attempt, effects };
                 keys.entry(key).or_default().runs.push(ran);

@@ -2,9 +2,10 @@
 //! meanwhile.
 
 use std::{
+    collections::HashMap,
     ops::Range,
     sync::{
-        Arc, RwLock,
+        Arc, Mutex, RwLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -14,7 +15,6 @@ use axum::{
     Router,
     body::Body,
     extract::{FromRef, State},
-    handler::Handler,
     http::{HeaderMap, Request, StatusCode},
     response::{IntoResponse, Response},
     routing::post,
@@ -34,15 +34,15 @@ use tests::{
     server::Server,
 };
 use tokio::{
-    runtime::Runtime,
+    runtime::{Handle, Runtime},
     time::{sleep, timeout},
 };
 use tower::ServiceExt;
 
 /// After this long a client has been left alone.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// From this attempt on a handler does what it should.
-const LAST_TRIAL: u32 = 4;
+/// So often a handler does something else than it should, for one key.
+const TRIALS: usize = 3;
 
 /// Makes a store as a process of its own does: with connections of its own to the same records.
 pub(crate) type Open = Arc<dyn Fn() -> BoxFuture<'static, Arc<dyn Store>> + Send + Sync>;
@@ -78,7 +78,11 @@ struct App {
     process: usize,
     seed: u64,
     lease: Duration,
+    /// How often a handler ran for a key, in all processes.
+    trials: Trials,
 }
+
+type Trials = Arc<Mutex<HashMap<String, usize>>>;
 
 impl FromRef<App> for Idempotency {
     fn from_ref(app: &App) -> Self {
@@ -90,20 +94,28 @@ impl FromRef<App> for Idempotency {
 /// which they die.
 struct Process {
     number: usize,
-    /// Until it is dropped.
-    runtime: Option<Runtime>,
+    runtime: Handle,
+    /// Until it dies.
+    life: Mutex<Option<Runtime>>,
     engine: Idempotency,
     router: Router,
     server: Option<Server>,
 }
 
 impl Process {
-    async fn start(number: usize, open: &Open, history: &History, plan: &Plan) -> Self {
+    async fn start(
+        number: usize,
+        open: &Open,
+        history: &History,
+        trials: &Trials,
+        plan: &Plan,
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .expect("a runtime");
+        let handle = runtime.handle().clone();
         let store = runtime.spawn(open()).await.expect("a store");
         let mut store = Recorded::over(store, history, number);
         if plan.troubled {
@@ -122,6 +134,7 @@ impl Process {
             process: number,
             seed: plan.seed,
             lease: plan.lease,
+            trials: Arc::clone(trials),
         };
         let router = router(app);
         let server = match plan.over_http {
@@ -131,11 +144,15 @@ impl Process {
             }
             false => None,
         };
-        Self { number, runtime: Some(runtime), engine, router, server }
+        let (life, runtime) = (Mutex::new(Some(runtime)), handle);
+        Self { number, runtime, life, engine, router, server }
     }
 
-    fn runtime(&self) -> &Runtime {
-        self.runtime.as_ref().expect("a process that lives")
+    /// Ends all that goes on at whichever awaits it stands.
+    fn die(&self) {
+        if let Some(runtime) = self.life.lock().expect("no panic under this lock").take() {
+            runtime.shutdown_background();
+        }
     }
 
     /// Sends a request, which the client may give up. Of what was answered, the whole or nothing.
@@ -163,7 +180,7 @@ impl Process {
                     };
                     // Given up in the process, as a server does it for a client that hangs up.
                     let served = timeout(patience, answering);
-                    self.runtime().spawn(served).await.ok()?.ok()?
+                    self.runtime.spawn(served).await.ok()?.ok()?
                 }
             }
         };
@@ -173,9 +190,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
+        self.die();
     }
 }
 
@@ -195,18 +210,21 @@ fn router(app: App) -> Router {
         .with_state(app)
 }
 
-/// Has its effect and says so, unless the seed says otherwise for this key and attempt.
+/// Has its effect and says so, unless the seed says otherwise for this run of this key.
 async fn pay(State(app): State<App>, operation: Operation, headers: HeaderMap) -> Response {
     let key = headers["idempotency-key"].to_str().expect("a key in ASCII");
     let ran = app.history.ran(app.process, key, &operation);
+    let trial = {
+        let mut trials = app.trials.lock().expect("no panic under this lock");
+        let trial = trials.entry(key.to_owned()).or_default();
+        *trial += 1;
+        *trial
+    };
     let of_key = key.bytes().fold(app.seed, |hash, byte| {
         hash.wrapping_mul(0x0100_0000_01b3).wrapping_add(u64::from(byte))
     });
-    let mut rng = SmallRng::seed_from_u64(of_key ^ (u64::from(operation.attempt()) << 48));
-    let roll = match operation.attempt() {
-        LAST_TRIAL.. => 0,
-        _ => rng.random_range(0..100),
-    };
+    let mut rng = SmallRng::seed_from_u64(of_key.wrapping_add(trial as u64));
+    let roll = if trial > TRIALS { 0 } else { rng.random_range(0..100) };
     let pause = Duration::from_micros(rng.random_range(0..2_000));
     sleep(pause).await;
     let response = match roll {
@@ -246,6 +264,7 @@ pub(crate) struct Site {
     plan: Plan,
     open: Open,
     history: History,
+    trials: Trials,
     processes: [RwLock<Arc<Process>>; 2],
     numbers: AtomicUsize,
     requests: AtomicUsize,
@@ -254,25 +273,30 @@ pub(crate) struct Site {
 impl Site {
     pub(crate) async fn start(plan: Plan, open: Open) -> Arc<Self> {
         println!("IDEM_SEED={}", plan.seed);
-        let history = History::default();
+        let (history, trials) = (History::default(), Trials::default());
         let process = async |number| {
-            RwLock::new(Arc::new(Process::start(number, &open, &history, &plan).await))
+            let process = Process::start(number, &open, &history, &trials, &plan).await;
+            RwLock::new(Arc::new(process))
         };
         let processes = [process(0).await, process(1).await];
         let (numbers, requests) = (AtomicUsize::new(2), AtomicUsize::new(0));
-        Arc::new(Self { plan, open, history, processes, numbers, requests })
+        Arc::new(Self { plan, open, history, trials, processes, numbers, requests })
     }
 
     fn process(&self, place: usize) -> Arc<Process> {
         Arc::clone(&self.processes[place].read().expect("a process"))
     }
 
-    /// Ends a process at whichever awaits its tasks stand, and starts another one in its place.
+    /// Ends a process, and starts another one in its place.
     pub(crate) async fn crash(&self, place: usize) {
         let number = self.numbers.fetch_add(1, Ordering::SeqCst);
-        let next = Process::start(number, &self.open, &self.history, &self.plan).await;
+        let (open, history, trials) = (&self.open, &self.history, &self.trials);
+        let next = Process::start(number, open, history, trials, &self.plan).await;
+        let next = Arc::new(next);
         let mut process = self.processes[place].write().expect("a process");
-        *process = Arc::new(next);
+        let last = std::mem::replace(&mut *process, next);
+        drop(process);
+        last.die();
     }
 
     /// How many requests there were.
