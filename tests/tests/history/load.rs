@@ -198,7 +198,7 @@ fn answer(status: u16, headers: &HeaderMap, body: Bytes) -> Answer {
     Answer { status, replayed: headers.contains_key("idempotent-replayed"), body }
 }
 
-/// `/pay`, the same for clients that wait for the owner's answer, and the same where unknown
+/// `/pay`, in `/well` without anything that goes wrong in the handler, the same for clients that wait for the owner's answer, and the same where unknown
 /// outcomes are refused. A key begins with the name of its route.
 fn router(app: App) -> Router {
     let policy = || Policy::new(Anchor::header("Idempotency-Key")).lease(app.lease);
@@ -206,6 +206,7 @@ fn router(app: App) -> Router {
     Router::new()
         .route("/pay", post(pay.idempotent(policy())))
         .route("/await", post(pay.idempotent(policy().in_flight(wait))))
+        .route("/well", post(pay_well.idempotent(policy())))
         .route("/once", post(pay.idempotent(policy().on_unknown(OnUnknown::Refuse))))
         .with_state(app)
 }
@@ -257,6 +258,15 @@ async fn pay(State(app): State<App>, operation: Operation, headers: HeaderMap) -
     };
     ran.end();
     response
+}
+
+/// Has its effect and says so.
+async fn pay_well(State(app): State<App>, operation: Operation, headers: HeaderMap) -> Response {
+    let key = headers["idempotency-key"].to_str().expect("a key in ASCII");
+    let ran = app.history.ran(app.process, key, &operation);
+    let did = ran.effect();
+    ran.end();
+    (StatusCode::CREATED, did).into_response()
 }
 
 /// Two processes that share a store, and their clients.
@@ -312,6 +322,27 @@ impl Site {
         let answer = process.send(key, patience).await?;
         requested.answered(answer.clone());
         Some(answer)
+    }
+
+    /// A client of the first process alone, which retries until it has a success.
+    #[cfg(feature = "servers")]
+    pub(crate) async fn succeed(&self, key: &str) {
+        let since = Instant::now();
+        while !self.request(0, key, PATIENCE).await.as_ref().is_some_and(is_final) {
+            assert!(since.elapsed() < PATIENCE, "{key} is not answered");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// How many effects there were under a key.
+    #[cfg(feature = "servers")]
+    pub(crate) fn effects(&self, of: &str) -> usize {
+        let events = self.history.events();
+        let effects = events.iter().map(|event| match &event.what {
+            What::Ran { key, effects, .. } if key == of => effects.len(),
+            _ => 0,
+        });
+        effects.sum()
     }
 
     /// A client that retries until it has a success, or until it is told that nobody knows.
@@ -408,7 +439,10 @@ impl Site {
         let auditor = Recorded::over(auditor, &self.history, usize::MAX);
         stream::iter(&records)
             .for_each_concurrent(8, async |key| {
-                auditor.read(key).await.expect("a record");
+                while let Err(error) = auditor.read(key).await {
+                    assert!(since.elapsed() < PATIENCE, "{key:?} cannot be read: {error:?}");
+                    sleep(Duration::from_millis(10)).await;
+                }
             })
             .await;
         let rules = Rules { once: |key| key.starts_with("once-"), renewals_hold };
