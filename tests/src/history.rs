@@ -8,6 +8,7 @@
 pub mod check;
 
 use std::{
+    collections::HashSet,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -182,6 +183,32 @@ impl History {
     /// Whether nothing has happened.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What handlers and clients had to do with a key, and what the store was asked about it.
+    pub fn about(&self, key: &str) -> Vec<Event> {
+        let events = self.lock();
+        let ours: HashSet<_> = events
+            .iter()
+            .filter_map(|event| match &event.what {
+                What::Ran { key: ran, operation, .. } if ran == key => Some(*operation),
+                _ => None,
+            })
+            .collect();
+        let records: HashSet<_> = events
+            .iter()
+            .filter_map(|event| match &event.what {
+                What::Asked {
+                    key, said: Some(Said::Granted(sight) | Said::Found(sight)), ..
+                } => ours.contains(&sight.operation).then_some(*key),
+                _ => None,
+            })
+            .collect();
+        let is_ours = |event: &&Event| match &event.what {
+            What::Asked { key, .. } => records.contains(key),
+            What::Ran { key: of, .. } | What::Requested { key: of, .. } => of == key,
+        };
+        events.iter().filter(is_ours).cloned().collect()
     }
 
     /// A handler begins to run.
@@ -370,9 +397,7 @@ impl Recorded {
             });
         }
         match mishap {
-            Some(Mishap::AnswerLost) => {
-                Err(StoreError::new("troubled", StoreErrorKind::TimedOut))
-            }
+            Some(Mishap::AnswerLost) => Err(StoreError::new("troubled", StoreErrorKind::TimedOut)),
             Some(Mishap::AnswerLate(time)) => {
                 sleep(time).await;
                 answer

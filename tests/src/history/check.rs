@@ -504,8 +504,7 @@ impl Outside<'_> {
     fn answer_without_effect(&self, key: &str, whose: &HashMap<u64, &str>) -> Option<String> {
         self.answers.iter().find_map(|(came, answer)| {
             let named = effect_of(&answer.body);
-            let happened =
-                self.effects().any(|(number, at)| Some(number) == named && at <= *came);
+            let happened = self.effects().any(|(number, at)| Some(number) == named && at <= *came);
             if happened {
                 return None;
             }
@@ -535,8 +534,7 @@ impl Outside<'_> {
                 })
             })
         };
-        let (came, answer) =
-            self.answers.iter().find(|(came, answer)| !recorded(*came, answer))?;
+        let (came, answer) = self.answers.iter().find(|(came, answer)| !recorded(*came, answer))?;
         let what = if answer.replayed { "a replay" } else { "an answer" };
         Some(format!("{what} that nobody had recorded: {answer:?} came at {came:?}"))
     }

@@ -148,9 +148,9 @@ impl Store for Broken {
         match self.flaw {
             Flaw::RenewalForgotten => Box::pin(async move { Ok(vec![true; claims.len()]) }),
             // Owners are to be late, which is no flaw.
-            Flaw::TokenIgnored => Box::pin(async {
-                Err(StoreError::new("broken", StoreErrorKind::Unreachable))
-            }),
+            Flaw::TokenIgnored => {
+                Box::pin(async { Err(StoreError::new("broken", StoreErrorKind::Unreachable)) })
+            }
             _ => self.store.renew(claims),
         }
     }

@@ -14,9 +14,7 @@ use std::{
 use idem_runtime::{
     FORMAT, Fingerprint, Flags, Key, OnUnknown, OperationId, Record, ScopeDigest, State, Token,
     Ttl,
-    store::{
-        Claim, Claimed, Clock, Completion, ManualClock, Renewal, SqliteStore, Store, Written,
-    },
+    store::{Claim, Claimed, Clock, Completion, ManualClock, Renewal, SqliteStore, Store, Written},
 };
 use tempfile::TempDir;
 
@@ -171,8 +169,7 @@ async fn in_sqlite_an_answer_is_kept_for_as_much_less_or_more() {
     granted(&hosts.behind, &owner).await;
     let written = hosts.behind.complete(&completion(&owner, b"answer")).await;
     assert_eq!(written.expect("an answer"), Written::Done);
-    let is_there =
-        async |store: &SqliteStore| store.read(&key).await.expect("an answer").is_some();
+    let is_there = async |store: &SqliteStore| store.read(&key).await.expect("an answer").is_some();
     hosts.pass((TTL - APART).as_secs_f64() - 0.001);
     assert!(is_there(&hosts.ahead).await);
     hosts.pass(0.001);

@@ -40,7 +40,7 @@ use tokio::{
 use tower::ServiceExt;
 
 /// After this long a client has been left alone.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// So often a handler does something else than it should, for one key.
 const TRIALS: usize = 3;
 
@@ -358,7 +358,12 @@ impl Site {
             if answer.as_ref().is_some_and(is_final) {
                 return;
             }
-            assert!(since.elapsed() < PATIENCE, "{key} is not answered: {answer:?}");
+            assert!(
+                since.elapsed() < PATIENCE,
+                "IDEM_SEED={}: {key} is not answered: {answer:?}; {:#?}",
+                self.plan.seed,
+                self.history.about(key)
+            );
             // A shared seed must not keep clients in step for ever.
             sleep(Duration::from_millis(rng.random_range(1..30))).await;
         }
@@ -385,9 +390,7 @@ impl Site {
     pub(crate) async fn serve(self: &Arc<Self>, meanwhile: impl Future<Output = ()>) {
         let over = AtomicBool::new(false);
         let clients = async {
-            let enough = || {
-                self.sent() >= self.plan.requests && over.load(Ordering::SeqCst)
-            };
+            let enough = || self.sent() >= self.plan.requests && over.load(Ordering::SeqCst);
             stream::iter(0_u64..)
                 .take_while(|_| std::future::ready(!enough()))
                 .map(|number| {

@@ -100,7 +100,7 @@ use Trouble::{Crash, Cuts, Kill, LongPause, Pause, Stop};
 const LEASE: Duration = Duration::from_secs(1);
 
 /// All troubles, in an order that the seed decides, and time to recover between them.
-async fn troubles(server: Arc<impl Server>, proxy: &Proxy, site: &Site, seed: u64) {
+async fn troubles(server: &Arc<impl Server>, proxy: &Proxy, site: &Site, seed: u64) {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut troubles = [Stop, Kill, Kill, Pause, LongPause, Cuts, Crash, Crash];
     troubles.shuffle(&mut rng);
@@ -109,7 +109,7 @@ async fn troubles(server: Arc<impl Server>, proxy: &Proxy, site: &Site, seed: u6
         pause(&mut rng, 100..600).await;
         match trouble {
             Stop | Kill => {
-                let (server, down) = (Arc::clone(&server), rng.random_range(0..1_500));
+                let (server, down) = (Arc::clone(server), rng.random_range(0..1_500));
                 let going = spawn_blocking(move || {
                     match trouble {
                         Stop => server.stop(),
@@ -144,11 +144,11 @@ async fn survives(server: Arc<impl Server>, proxy: Proxy, open: Open, seed: u64)
     let wanted = requests(1_500);
     let plan = Plan { lease: LEASE, keys_at_once: 24, ..Plan::new(seed, wanted) };
     let site = Site::start(plan, open).await;
-    site.serve(troubles(server, &proxy, &site, seed)).await;
+    site.serve(troubles(&server, &proxy, &site, seed)).await;
     let summary = site.assert_allowed(true).await;
     assert!(summary.requests >= wanted, "{summary:?}");
     assert!(summary.failed > 10, "nothing failed: {summary:?}");
-    assert!(summary.unanswered > 0, "no call was given up: {summary:?}");
+    assert!(summary.unanswered > 10, "no call was given up: {summary:?}");
     assert!(summary.takeovers > 0, "no lease ended: {summary:?}");
 }
 
@@ -232,5 +232,5 @@ async fn masters_of_a_redis_cluster_are_killed_under_load() {
     site.serve(kills).await;
     let summary = site.assert_allowed(false).await;
     assert!(summary.requests >= wanted, "{summary:?}");
-    assert!(summary.failed > 10, "nothing failed: {summary:?}");
+    assert!(summary.failed + summary.unanswered > 10, "nothing failed: {summary:?}");
 }
