@@ -1,9 +1,10 @@
 //! What the tests share: servers on loopback, stores that fail on purpose, an observer that
-//! remembers, and (feature `servers`) real database servers.
+//! remembers, histories and what they are checked by, and (feature `servers`) real database servers.
 
 #![expect(clippy::expect_used, reason = "what cannot be set up fails the test that needs it")]
 
 pub mod faults;
+pub mod history;
 pub mod server;
 #[cfg(feature = "servers")]
 pub mod servers;

@@ -4,6 +4,7 @@
 //! even if that is killed. The tests of one binary share one server, or start their own to stop,
 //! pause and kill it.
 
+pub mod lost_commits;
 pub mod mariadb;
 pub mod postgres;
 pub mod proxy;

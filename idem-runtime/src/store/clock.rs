@@ -35,6 +35,12 @@ impl Clock {
     /// When it is set forward, leases and records end early by as much, and a request whose owner
     /// is still at work may be run a second time; when it is set back, they last longer. Machines
     /// whose time is slewed (by NTP or its like) instead of being set are not concerned.
+    ///
+    /// Where two processes go by clocks that differ, a lease is over earlier by the difference for
+    /// the one that is ahead. It still holds if it is longer than one and a half times the
+    /// difference, since an engine renews it when a third has passed. With a shorter one, two
+    /// handlers may be at work under one key; even then one answer is recorded, and the other
+    /// handler's caller gets that one or is told that the lease was lost.
     pub const fn system() -> Self {
         Self(Source::System)
     }

@@ -1,103 +1,147 @@
-//! A proxy that loses a COMMIT, or the answer to one.
+//! A connection that is cut: a TCP proxy between an application and its server.
 
 use std::{
-    io,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::watch,
+    task::{JoinHandle, JoinSet},
 };
 
-/// What becomes of the next COMMIT.
+/// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Fate {
-    /// It arrives, and so does its answer.
-    Answered,
-    /// It is lost, with its connection.
-    Lost,
-    /// It is carried out, and its answer is lost, with its connection.
-    Unanswered,
+pub enum Way {
+    /// From the application to the server.
+    There,
+    /// From the server to the application.
+    Back,
 }
 
-/// Stands between a client and its server.
-#[derive(Clone, Debug)]
+/// A proxy on a free port of loopback. All its connections end with it.
+#[derive(Debug)]
 pub struct Proxy {
-    port: u16,
-    next: Arc<AtomicU8>,
+    address: SocketAddr,
+    line: Arc<Line>,
+    accepting: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Line {
+    /// Counts the cuts of everything.
+    cuts: watch::Sender<u64>,
+    passed: [AtomicUsize; 2],
+    fuse: Mutex<Option<(Way, usize)>>,
 }
 
 impl Proxy {
-    /// Starts before a server on a port of loopback.
-    pub async fn start(server: u16) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        let proxy = Self { port, next: Arc::new(AtomicU8::new(Fate::Answered as u8)) };
-        let shared = proxy.clone();
-        tokio::spawn(async move {
+    /// A proxy before the server at this port of loopback.
+    pub async fn before(port: u16) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let (cuts, passed, fuse) = (watch::Sender::new(0), Default::default(), Mutex::default());
+        let line = Arc::new(Line { cuts, passed, fuse });
+        let at = Arc::clone(&line);
+        let accepting = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                let proxy = shared.clone();
-                tokio::spawn(async move { proxy.pass(client, server).await });
+                connections.spawn(Arc::clone(&at).carry(client, port));
+                while connections.try_join_next().is_some() {}
             }
         });
-        proxy
+        Self { address, line, accepting }
     }
 
-    /// The port that it listens on.
+    /// Where it listens.
     pub fn port(&self) -> u16 {
-        self.port
+        self.address.port()
     }
 
-    /// Says what becomes of the next COMMIT.
-    pub fn next_commit(&self, fate: Fate) {
-        self.next.store(fate as u8, Ordering::SeqCst);
+    /// The URL of a server, by way of this proxy.
+    pub fn in_url(&self, url: &str, port: u16) -> String {
+        url.replace(&format!(":{port}"), &format!(":{}", self.port()))
     }
 
-    /// Whether a COMMIT has met its fate.
-    pub fn has_struck(&self) -> bool {
-        self.next.load(Ordering::SeqCst) == Fate::Answered as u8
+    /// Cuts all connections now.
+    pub fn cut(&self) {
+        self.line.cuts.send_modify(|cuts| *cuts += 1);
     }
 
-    fn strike(&self) -> Fate {
-        match self.next.swap(Fate::Answered as u8, Ordering::SeqCst) {
-            1 => Fate::Lost,
-            2 => Fate::Unanswered,
-            _ => Fate::Answered,
+    /// Cuts the connection over which so many more bytes have gone this way, counted from now over
+    /// all connections. No byte after them arrives.
+    pub fn cut_after(&self, bytes: usize, way: Way) {
+        *self.line.fuse() = Some((way, bytes));
+    }
+
+    /// Whether [`cut_after`](Self::cut_after) still waits for its bytes; it does so no longer.
+    pub fn mend(&self) -> bool {
+        self.line.fuse().take().is_some()
+    }
+
+    /// How many bytes have gone this way.
+    pub fn passed(&self, way: Way) -> usize {
+        self.line.passed[way as usize].load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+impl Line {
+    /// Carries bytes both ways until the connection ends or is cut.
+    async fn carry(self: Arc<Self>, client: TcpStream, port: u16) {
+        let mut cuts = self.cuts.subscribe();
+        let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await else { return };
+        let (from_client, to_client) = client.into_split();
+        let (from_server, to_server) = server.into_split();
+        tokio::select! {
+            () = self.pump(from_client, to_server, Way::There) => {}
+            () = self.pump(from_server, to_client, Way::Back) => {}
+            _ = cuts.changed() => {}
         }
     }
 
-    /// Passes on what comes, until the connection is lost: then both halves are.
-    async fn pass(&self, mut client: TcpStream, server: u16) -> io::Result<()> {
-        let mut server = TcpStream::connect(("127.0.0.1", server)).await?;
-        let (mut asked, mut answered) = (vec![0; 65536], vec![0; 65536]);
-        loop {
-            tokio::select! {
-                read = client.read(&mut asked) => {
-                    let asked = &asked[..read?];
-                    let commits = asked.windows(6).any(|word| word == b"COMMIT");
-                    let fate = if commits { self.strike() } else { Fate::Answered };
-                    if asked.is_empty() || fate == Fate::Lost {
-                        return Ok(());
-                    }
-                    server.write_all(asked).await?;
-                    if fate == Fate::Unanswered {
-                        let _unseen = server.read(&mut answered).await?;
-                        return Ok(());
-                    }
-                }
-                read = server.read(&mut answered) => {
-                    let answered = &answered[..read?];
-                    if answered.is_empty() {
-                        return Ok(());
-                    }
-                    client.write_all(answered).await?;
-                }
+    async fn pump(
+        &self,
+        mut from: impl AsyncRead + Unpin,
+        mut to: impl AsyncWrite + Unpin,
+        way: Way,
+    ) {
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(read @ 1..) = from.read(&mut buffer).await {
+            let passes = self.burn(read, way);
+            self.passed[way as usize].fetch_add(passes, Ordering::SeqCst);
+            if to.write_all(&buffer[..passes]).await.is_err() || passes < read {
+                return;
             }
         }
+    }
+
+    /// How many of these bytes pass.
+    fn burn(&self, bytes: usize, way: Way) -> usize {
+        let mut fuse = self.fuse();
+        match &mut *fuse {
+            Some((this, left)) if *this == way => match left.checked_sub(bytes) {
+                Some(rest) => {
+                    *left = rest;
+                    bytes
+                }
+                None => fuse.take().map_or(bytes, |(_, left)| left),
+            },
+            _ => bytes,
+        }
+    }
+
+    fn fuse(&self) -> std::sync::MutexGuard<'_, Option<(Way, usize)>> {
+        self.fuse.lock().expect("no panic under this lock")
     }
 }
