@@ -38,7 +38,7 @@ async fn a_full_server_takes_no_new_claims_and_still_takes_answers() {
     let full = tokio::time::timeout(PATIENCE, full).await.expect("a bound");
     assert_eq!(full.kind(), StoreErrorKind::Full);
     let replayed = store.claim(&claim_on(done.key)).await.expect("an answer that takes no room");
-    assert!(matches!(replayed, Claimed::Found(record) if record.payload == &b"done"[..]));
+    assert!(matches!(replayed, Claimed::Found(record) if record.payload == b"done"[..]));
 
     let renewal = Renewal { key: held.key, token: held.token, lease: LEASE };
     assert_eq!(store.renew(&[renewal]).await.expect("a lease"), [true]);
@@ -185,7 +185,7 @@ async fn who_waits_for_replicas_learns_when_they_are_missing() {
     let missing = store.complete(&answer_of(&claim, b"answer")).await.expect_err("still none");
     assert_eq!(missing.kind(), StoreErrorKind::TimedOut, "the same again waits again");
     let found = store.claim(&claim_on(claim.key)).await.expect("nothing that replicas must have");
-    assert!(matches!(found, Claimed::Found(record) if record.payload == &b"answer"[..]));
+    assert!(matches!(found, Claimed::Found(record) if record.payload == b"answer"[..]));
     let given_up = any_claim();
     plain.claim(&given_up).await.expect("an answer");
     let released = store.release(&given_up.key, &given_up.token).await;

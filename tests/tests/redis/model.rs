@@ -42,7 +42,7 @@ async fn do_anything(store: &dyn Store, draw: &[u8; 8], number: u64) -> (String,
     let spans = [45, 105, 3_615, 14_415].map(Duration::from_secs);
     let ttls = [Ttl::For(spans[0]), Ttl::For(spans[2]), Ttl::Forever];
     let payload = bytes::Bytes::from(number.to_string());
-    let format = FORMAT + u16::from(draw[7] % 10 == 0);
+    let format = FORMAT + u16::from(draw[7].is_multiple_of(10));
     let operation_id = OperationId::from_bytes(u128::from(number).to_be_bytes());
     match pick(0, 9) {
         0..=2 => {
@@ -54,7 +54,7 @@ async fn do_anything(store: &dyn Store, draw: &[u8; 8], number: u64) -> (String,
                 token,
                 lease: spans[pick(4, 4).min(pick(5, 4))],
                 ttl: ttls[pick(5, 3)],
-                issued_only: draw[6] % 4 == 0,
+                issued_only: draw[6].is_multiple_of(4),
                 on_unknown: [OnUnknown::Rerun, OnUnknown::Rerun, OnUnknown::Refuse][pick(6, 3)],
                 format,
                 ..claim_on(key)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use idem_runtime::{
-    FORMAT, Token, Ttl,
+    FORMAT, OperationId, Token, Ttl,
     store::{
         Checkpoint, Claim, Claimed, Completion, RedisStore, Renewal, Store, StoreErrorKind, Written,
     },
@@ -46,6 +46,11 @@ async fn redis_removes_what_is_over_by_itself() {
     store.claim(&brief).await.expect("an answer");
     let answer = Completion { ttl: Ttl::For(Duration::from_millis(50)), ..answer_of(&brief, b"") };
     assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    let at_once = any_claim();
+    store.claim(&at_once).await.expect("an answer");
+    let answer = Completion { ttl: Ttl::For(Duration::ZERO), ..answer_of(&at_once, b"") };
+    assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    assert_eq!(store.read(&at_once.key).await.expect("an answer"), None);
     let endless = Claim { ttl: Ttl::Forever, ..any_claim() };
     store.claim(&endless).await.expect("an answer");
     let left = expiry(&mut connection, &name(&prefix, &endless.key));
@@ -194,4 +199,37 @@ async fn a_record_that_is_too_large_is_refused_before_it_is_sent() {
     assert_eq!(refused.kind(), StoreErrorKind::TooLarge);
     let answer = Completion { payload: vec![0; (1 << 20) - 1_000].into(), ..answer };
     assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+}
+
+#[tokio::test]
+async fn an_operation_without_a_note_is_found_by_a_search() {
+    for is_cluster in [false, true] {
+        let (builder, prefix) = own();
+        let builder = builder.without_notes();
+        let (store, masters) = if is_cluster {
+            let cluster = Cluster::shared();
+            (builder.cluster(cluster.urls()).await, cluster.masters())
+        } else {
+            let url = Redis::shared().url();
+            (builder.connect(url).await, vec![url.to_owned()])
+        };
+        let store = store.expect("a connection");
+        // More than a server looks at in one go.
+        let claims: Vec<_> = (0..2_000).map(|_| any_claim()).collect();
+        let granted = join_all(claims.iter().map(|claim| store.claim(claim))).await;
+        assert!(granted.iter().all(|granted| matches!(granted, Ok(Claimed::Granted(_)))));
+        let mut keys = 0;
+        for master in masters {
+            let mut connection = Client::open(master).expect("a URL").get_connection().expect("it");
+            let names: Vec<String> = connection.keys(format!("{prefix}*")).expect("an answer");
+            keys += names.len();
+        }
+        assert_eq!(keys, claims.len(), "no notes");
+        let manage = store.manage().expect("a search");
+        for claim in [&claims[0], &claims[999], &claims[1_999]] {
+            let found = manage.find(&claim.operation_id).await.expect("an answer");
+            assert_eq!(found.expect("a record").key, claim.key);
+        }
+        assert!(manage.find(&OperationId::random()).await.expect("an answer").is_none());
+    }
 }

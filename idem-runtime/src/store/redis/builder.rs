@@ -34,6 +34,7 @@ pub struct RedisStoreBuilder {
     timeout: Duration,
     replicas: Option<Replicas>,
     allow_eviction: bool,
+    notes: bool,
     listeners: Vec<Client>,
 }
 
@@ -45,6 +46,7 @@ impl fmt::Debug for RedisStoreBuilder {
             .field("timeout", &self.timeout)
             .field("replicas", &self.replicas)
             .field("allow_eviction", &self.allow_eviction)
+            .field("notes", &self.notes)
             .finish_non_exhaustive()
     }
 }
@@ -56,6 +58,7 @@ impl Default for RedisStoreBuilder {
             timeout: Duration::from_secs(1),
             replicas: None,
             allow_eviction: false,
+            notes: true,
             listeners: Vec::new(),
         }
     }
@@ -100,6 +103,13 @@ impl RedisStoreBuilder {
     /// An operation whose record is dropped runs again at the next retry.
     pub fn allow_eviction(mut self) -> Self {
         self.allow_eviction = true;
+        self
+    }
+
+    /// Leaves out the notes of where an operation's record is, which cost a write and 200 bytes for
+    /// each operation. To find one by its id then takes a search through all records.
+    pub fn without_notes(mut self) -> Self {
+        self.notes = false;
         self
     }
 
@@ -255,6 +265,7 @@ impl RedisStoreBuilder {
             listeners: self.listeners,
             prefix: self.prefix,
             timeout: self.timeout,
+            notes: self.notes,
             max_bytes: limits.min().unwrap_or(LARGEST_VALUE),
             swept: Mutex::default(),
             noticed: Mutex::default(),
