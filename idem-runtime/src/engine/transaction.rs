@@ -193,7 +193,12 @@ impl Shared {
         let operation_id = OperationId::derived(&call.key, &call.fingerprint);
         let mut claim = call.claim(operation_id);
         for _ in 0..4 {
-            let record = match self.ask(transact.begin(&claim)).await {
+            // Its duplicates must not queue for connections, which owners may hold all of.
+            let begun = match self.holds_in_transaction(&claim.key) {
+                true => Ok(Begun::Held),
+                false => self.ask(transact.begin(&claim)).await,
+            };
+            let record = match begun {
                 Ok(Begun::Granted(transaction, record)) => {
                     return self.begun(call, claim, slot, transaction, &record).await;
                 }

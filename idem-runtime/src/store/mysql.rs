@@ -9,6 +9,7 @@ mod failure;
 mod manage;
 mod row;
 mod schema;
+mod transaction;
 
 use std::{
     fmt,
@@ -34,7 +35,7 @@ use self::{
 };
 use super::{
     Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
-    StoreErrorKind, Written,
+    StoreErrorKind, Transact, Written,
 };
 use crate::{
     key::{Key, Token},
@@ -370,6 +371,10 @@ impl Store for MySqlStore {
     }
 
     fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
+    }
+
+    fn transact(&self) -> Option<&dyn Transact> {
         Some(self)
     }
 }

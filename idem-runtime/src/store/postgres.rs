@@ -7,6 +7,7 @@ mod calls;
 mod manage;
 mod rows;
 mod schema;
+mod transaction;
 mod wake;
 
 use std::{
@@ -33,7 +34,7 @@ use self::calls::{Call, Fault, Forget, Numbered, Release, Session, Sweep};
 pub use self::schema::SchemaMismatch;
 use super::{
     Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
-    StoreErrorKind, Wake, Written,
+    StoreErrorKind, Transact, Wake, Written,
 };
 use crate::{
     key::{Key, Token},
@@ -198,12 +199,17 @@ impl PostgresStore {
 
     /// Makes a call, after the tables were found to be those of this release.
     async fn ask<C: Call + ?Sized>(&self, call: &C) -> Result<C::Answer, StoreError> {
+        self.ready().await?;
+        self.ask_unchecked(call).await
+    }
+
+    /// Finds out, once, whether connections and tables are what this release needs.
+    async fn ready(&self) -> Result<(), StoreError> {
         let check = || async {
             self.check_statements().await?;
             self.check_schema().await
         };
-        self.0.checked.get_or_try_init(check).await?;
-        self.ask_unchecked(call).await
+        self.0.checked.get_or_try_init(check).await.map(drop)
     }
 
     /// Refuses to share connections with others without knowing. Two new connections prepare their
@@ -455,6 +461,10 @@ impl Store for PostgresStore {
     }
 
     fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
+    }
+
+    fn transact(&self) -> Option<&dyn Transact> {
         Some(self)
     }
 
