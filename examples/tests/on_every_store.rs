@@ -18,7 +18,7 @@ use common::{Answer, Server, send};
 use examples::wallet::{Wallet, Withdrawal};
 use hmac::{Hmac, KeyInit, Mac};
 use reqwest::{RequestBuilder, Url};
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::Sha256;
 use tempfile::TempDir;
 use tests::servers::{
@@ -167,7 +167,8 @@ async fn quickstart_and_admin(store: &str) {
     let found = admin(store, &with(&["find"])).expect("a record");
     assert!(found.contains("completed: 201"), "{found}");
     let id = found.lines().find_map(|line| line.strip_prefix("id ")).expect("an id").trim();
-    assert_eq!(admin(store, &["find", id]).expect("the same record"), found);
+    let by_id = admin(store, &["find", id]).expect("the same record");
+    assert!(by_id.contains(id) && by_id.contains("completed: 201"), "{by_id}");
     admin(store, &with(&["purge", "key"])).expect("a record to purge");
     let gone = admin(store, &with(&["find"])).expect_err("it is gone");
     assert!(gone.contains("there is no such record"), "{gone}");
@@ -209,13 +210,13 @@ async fn pirate(server: &Server) -> Calls {
 
 /// A withdrawal, by the nonce that the server handed out.
 async fn portfolio(server: &Server) -> Calls {
-    let post = |path: &str, body| {
+    let post = |path: &str, body: &Value| {
         let request = server.post(&format!("/v2/portfolios/acme-1/{path}"), body);
         request.header("X-API-Key", "acme-1")
     };
     let order = json!({ "to": Address::repeat_byte(0xaa), "amount": 2_500 });
     let begun = send(post("withdraw/signature", &order)).await.json();
-    let signed = |message: &serde_json::Value| {
+    let signed = |message: &Value| {
         let typed: Withdrawal = serde_json::from_value(message.clone()).expect("a message");
         let wallet = Wallet::demo().next().expect("a wallet");
         let signature = wallet.sign(&typed).expect("a signature");

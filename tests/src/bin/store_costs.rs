@@ -1,7 +1,7 @@
 //! Measures what a record costs in each store: statements, flushes, bytes of log, bytes kept. The
 //! figures in the guide's page on choosing a store are its output.
 //!
-//! `cargo run --release -p tests --features servers --bin store_costs -- [RECORDS] [BODY BYTES]`
+//! `cargo run -p tests --features servers --bin store_costs -- [RECORDS] [BODY BYTES]`
 //! starts servers of its own, set to be as durable as they can.
 
 #![allow(clippy::expect_used, reason = "a measurement that cannot go on has failed")]
@@ -69,7 +69,7 @@ impl Work {
             scope: ScopeDigest::from_bytes([4; 32]),
             operation: "POST /payments".into(),
             operation_id: OperationId::random(),
-            fingerprint: Fingerprint::new("request", digest(5)),
+            fingerprint: Fingerprint { scheme: "request/1".into(), digest: digest(5) },
             token: Token::from_bytes(token),
             lease: Duration::from_secs(30),
             ttl: Ttl::For(Duration::from_secs(24 * 60 * 60)),
