@@ -29,9 +29,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use examples::{Downstream, Failure, Result, StoreChoice};
-use idem_runtime::{
-    CallError, Idempotency, RefusalKind, Scope, StepError, idempotent,
-};
+use idem_runtime::{CallError, Idempotency, RefusalKind, Scope, StepError, idempotent};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use uuid::Uuid;

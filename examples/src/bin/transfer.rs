@@ -158,7 +158,8 @@ trait Bank: Database {
     ) -> impl Future<Output = sqlx::Result<Option<i64>>> + Send;
 
     /// What is on each.
-    fn balances(pool: &Pool<Self>) -> impl Future<Output = sqlx::Result<Vec<(String, i64)>>> + Send;
+    fn balances(pool: &Pool<Self>)
+    -> impl Future<Output = sqlx::Result<Vec<(String, i64)>>> + Send;
 
     /// Opens the accounts.
     fn open(pool: &Pool<Self>) -> impl Future<Output = sqlx::Result<()>> + Send;
@@ -301,8 +302,10 @@ async fn run(command: Command) -> Result<()> {
             store.create_schema().await?;
             serve(command, &choice, pool, store).await
         }
-        other => Err(format!("{other} has no transactions: use `sqlite:`, `postgres:` or `mysql:`")
-            .into()),
+        other => {
+            Err(format!("{other} has no transactions: use `sqlite:`, `postgres:` or `mysql:`")
+                .into())
+        }
     }
 }
 

@@ -309,8 +309,11 @@ async fn mysql(records: usize, body: &[u8]) {
             );
             let rows = status.fetch_all(&pool).await.expect("counters");
             let of = |name: &str| {
-                let row = rows.iter().find(|row| row.try_get::<String, _>(0).is_ok_and(|it| it == name));
-                row.map(|row| row.try_get::<String, _>(1).expect("a value").parse().expect("a number"))
+                let row =
+                    rows.iter().find(|row| row.try_get::<String, _>(0).is_ok_and(|it| it == name));
+                row.map(|row| {
+                    row.try_get::<String, _>(1).expect("a value").parse().expect("a number")
+                })
             };
             let mut counters = Counters::new();
             counters.extend(of("Questions").map(|n| ("statements", n)));
@@ -365,12 +368,8 @@ async fn redis(records: usize, body: &[u8]) {
             ])
         })
     };
-    let subject = Subject {
-        name: "redis",
-        store,
-        counters: &counters,
-        settled: Duration::from_millis(200),
-    };
+    let subject =
+        Subject { name: "redis", store, counters: &counters, settled: Duration::from_millis(200) };
     subject.count(body).await;
     server.ask::<String>(&["FLUSHALL"]).expect("an empty server");
     let before = field("memory", "used_memory");

@@ -257,9 +257,9 @@ impl Handlers {
     async fn commit(mut self) -> Result<(), StoreError> {
         if self.claimed.is_none() {
             // With a claim, its completion has done so.
-            self.check().await.map_err(|error| {
-                StoreError::caused_by(NAME, StoreErrorKind::Refused, error)
-            })?;
+            self.check()
+                .await
+                .map_err(|error| StoreError::caused_by(NAME, StoreErrorKind::Refused, error))?;
         }
         let Some(open) = self.open.take() else { return Ok(()) };
         let ended = tokio::spawn(open.end(End::Commit)).await;
@@ -267,9 +267,7 @@ impl Handlers {
             let rolled_back = is_rolled_back(&error);
             let failure = failed(error);
             match failure.kind() {
-                _ if rolled_back => {
-                    StoreError::caused_by(NAME, StoreErrorKind::Refused, failure)
-                }
+                _ if rolled_back => StoreError::caused_by(NAME, StoreErrorKind::Refused, failure),
                 kind if kind.is_transient() => failure,
                 _ => StoreError::caused_by(NAME, StoreErrorKind::Unreachable, failure),
             }
