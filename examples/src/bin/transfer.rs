@@ -52,7 +52,7 @@ use axum::{
 use clap::{Parser, ValueEnum};
 use examples::{Result, Server, StoreChoice, Switches, asked_to_stop};
 use idem_runtime::{
-    Anchor, Idempotency, IdempotentExt, Policy, Recording, Scope, Tx,
+    Idempotency, Scope, Tx, idempotent,
     store::{SqliteStore, Store},
 };
 use serde::{Deserialize, Serialize};
@@ -62,13 +62,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-/// A refusal is an answer, too: a retry of an overdraft gets it again, although there may be money
-/// meanwhile.
-const TRANSFER: Policy =
-    Policy::new(Anchor::header("Idempotency-Key")).transaction().record(Recording::Final);
-
-/// What it does on `tx` is committed with the record of its answer. An error undoes it, and only
+/// What it does on `tx` is committed with the record of its answer. A refusal is an answer, too,
+/// which a retry gets again although there may be money meanwhile: what was done is undone, and only
 /// the record is committed.
+#[idempotent(anchor = header("Idempotency-Key"), record = final, transaction)]
 async fn transfer<DB: Bank>(
     State(app): State<App>,
     mut tx: Tx<DB>,
@@ -327,7 +324,7 @@ async fn serve<DB: Bank>(
         Err(error) => Err(Refused::Database(error)),
     };
     let routes = Router::new()
-        .route("/transfers", post(transfer::<DB>.idempotent(TRANSFER)))
+        .route("/transfers", post(transfer::<DB>))
         .route_layer(middleware::from_fn_with_state(app.clone(), stall_before_answer))
         .route("/accounts", get(accounts))
         .with_state(app);
