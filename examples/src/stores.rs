@@ -237,17 +237,14 @@ mod tests {
             ("redis://:s3cret@[::1]:6380/3", "redis://[::1]:6380/3"),
             ("redis-cluster://app:s3c@ret@a:7000,b:7001", "redis-cluster://a:7000,b:7001"),
         ] {
-            match StoreChoice::from_str(text) {
-                Ok(choice) => {
-                    assert_eq!(choice.to_string(), shown);
-                    assert!(!format!("{choice:?}").contains("s3c"), "{choice:?}");
-                    assert!(cfg!(feature = "servers"));
-                }
-                Err(error) => {
-                    assert_eq!(error, NoStore::WithoutServers);
-                    assert!(!cfg!(feature = "servers"));
-                }
+            let choice = StoreChoice::from_str(text);
+            if !cfg!(feature = "servers") {
+                assert_eq!(choice, Err(NoStore::WithoutServers));
+                continue;
             }
+            let choice = choice.unwrap();
+            assert_eq!(choice.to_string(), shown);
+            assert!(!format!("{choice:?}").contains("s3c"), "{choice:?}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Measures what a record costs in each store: statements, flushes, bytes of log, bytes kept. The
 //! figures in the guide's page on choosing a store are its output.
 //!
-//! `cargo run -p tests --features servers --bin store_costs -- [RECORDS] [BODY BYTES]`
+//! `cargo run -p tests --features servers --bin store_costs -- [RECORDS [BODY BYTES [STORE…]]]`
 //! starts servers of its own, set to be as durable as they can.
 
 #![allow(clippy::expect_used, reason = "a measurement that cannot go on has failed")]
@@ -169,20 +169,29 @@ fn per_record(what: &str, bytes: f64, records: usize) {
 
 #[tokio::main]
 async fn main() {
-    let mut arguments = env::args().skip(1).map(|argument| argument.parse().expect("a number"));
-    let records: usize = arguments.next().unwrap_or(100_000) / 1_000 * 1_000;
-    let body = vec![b'x'; arguments.next().unwrap_or(300)];
-    let work = Work { body: body.clone(), run: 0 };
-    println!(
-        "{records} records; a body of {} bytes is a payload of {}",
-        body.len(),
-        work.completion(0).payload.len()
-    );
-    memory(records, &body).await;
-    sqlite(records, &body).await;
-    postgres(records, &body).await;
-    mysql(records, &body).await;
-    redis(records, &body).await;
+    let arguments: Vec<_> = env::args().skip(1).collect();
+    let number = |n: usize| arguments.get(n).map(|text| text.parse().expect("a number"));
+    let records: usize = number(0).unwrap_or(100_000) / 1_000 * 1_000;
+    let body = vec![b'x'; number(1).unwrap_or(300)];
+    let payload = Work { body: body.clone(), run: 0 }.completion(0).payload.len();
+    println!("{records} records; a body of {} bytes is a payload of {payload}", body.len());
+    let chosen = arguments.get(2..).filter(|stores| !stores.is_empty());
+    let is_chosen = |store: &str| chosen.is_none_or(|stores| stores.iter().any(|it| it == store));
+    if is_chosen("memory") {
+        memory(records, &body).await;
+    }
+    if is_chosen("sqlite") {
+        sqlite(records, &body).await;
+    }
+    if is_chosen("postgres") {
+        postgres(records, &body).await;
+    }
+    if is_chosen("mysql") {
+        mysql(records, &body).await;
+    }
+    if is_chosen("redis") {
+        redis(records, &body).await;
+    }
 }
 
 fn nothing<'a>() -> BoxFuture<'a, Counters> {
