@@ -12,7 +12,7 @@ use std::{
 
 use common::{Answer, Server, Shell, send, sqlite};
 use reqwest::RequestBuilder;
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::sleep};
 
@@ -41,28 +41,25 @@ async fn balances(server: &Server) -> [i64; 2] {
 }
 
 /// Waits until the server has stalled over a request, and kills it as it says.
-async fn kill_in_the_middle(server: Server, request: impl Future<Output = Answer>) {
-    {
-        let mut request = pin!(request);
-        let start = Instant::now();
-        let line = loop {
-            tokio::select! {
-                answer = &mut request => panic!("it answered: {}", answer.text()),
-                () = sleep(Duration::from_millis(10)) => {}
-            }
-            if let Some(line) = server.printed("stalled") {
-                break line;
-            }
-            assert!(start.elapsed() < PATIENCE, "it does not stall");
-        };
-        let words = line.strip_prefix("stalled: ").expect("what to type");
-        let [kill, signal, pid] = words.split(' ').collect::<Vec<_>>()[..] else {
-            panic!("not understood: {words}")
-        };
-        assert_eq!((kill, signal), ("kill", "-9"));
-        assert!(Command::new(kill).args([signal, pid]).status().expect("kill").success());
-    }
-    server.crash();
+async fn kill_in_the_middle(server: &Server, request: impl Future<Output = Answer>) {
+    let mut request = pin!(request);
+    let start = Instant::now();
+    let line = loop {
+        tokio::select! {
+            answer = &mut request => panic!("it answered: {}", answer.text()),
+            () = sleep(Duration::from_millis(10)) => {}
+        }
+        if let Some(line) = server.printed("stalled") {
+            break line;
+        }
+        assert!(start.elapsed() < PATIENCE, "it does not stall");
+    };
+    let words = line.strip_prefix("stalled: ").expect("what to type");
+    let [kill, signal, pid] = words.split(' ').collect::<Vec<_>>()[..] else {
+        panic!("not understood: {words}")
+    };
+    assert_eq!((kill, signal), ("kill", "-9"));
+    assert!(Command::new(kill).args([signal, pid]).status().expect("kill").success());
 }
 
 /// A good client's way: again, for as long as the database has not noticed that the owner died.
@@ -99,15 +96,9 @@ async fn the_lines_in_the_header_do_what_they_say(store: &str) {
 
     assert!(SOURCE.contains("--bin transfer -- --stall in-the-middle"));
     let server = start(store, &["--stall", "in-the-middle"]);
-    let url = server.url.clone();
-    let request = {
-        // The line that gets no answer, sent by a client of its own: the shell's server goes away.
-        let body: Value = json!({ "from": "alice", "to": "bob", "amount": 100 });
-        assert!(stalled.contains(&"-d '{\"from\":\"alice\",\"to\":\"bob\",\"amount\":100}'"));
-        let request = server.client.post(format!("{url}/transfers")).json(&body);
-        send(request.header("Idempotency-Key", "rent-3"))
-    };
-    kill_in_the_middle(server, request).await;
+    let mut shell = Shell::new(&server, ADDRESS);
+    kill_in_the_middle(&server, shell.run(stalled)).await;
+    server.crash();
 
     let server = start(store, &[]);
     let mut shell = Shell::new(&server, ADDRESS);
@@ -126,7 +117,8 @@ async fn killed_anywhere_it_happens_once(store: &str) {
             let server = start(store, &["--stall", place]);
             let before = balances(&server).await;
             let request = send(order(&server, &key, from, to, 10));
-            kill_in_the_middle(server, request).await;
+            kill_in_the_middle(&server, request).await;
+            server.crash();
 
             let server = start(store, &[]);
             let is_done = place == "before-answer";
