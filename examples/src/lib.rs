@@ -7,6 +7,7 @@ pub mod clients;
 
 mod downstream;
 mod server;
+mod stores;
 mod switches;
 pub mod wallet;
 pub mod webhooks;
@@ -16,7 +17,8 @@ use std::{error::Error, process::ExitCode};
 pub use crate::{
     downstream::{Behaviour, Downstream, Failure},
     server::{Server, asked_to_stop},
-    switches::{StoreChoice, Switches},
+    stores::{NoStore, StoreChoice, StoreParser},
+    switches::Switches,
 };
 
 /// A result whose error, where none is named, is whatever ends an example early.

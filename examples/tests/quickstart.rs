@@ -173,7 +173,9 @@ fn switches_that_make_no_sense_are_explained() {
         assert!(!output.status.success());
         String::from_utf8(output.stderr).expect("text")
     };
-    assert!(says(&["--store", "disk"]).contains("expected `memory` or `sqlite:PATH`"));
+    assert!(
+        says(&["--store", "disk"]).contains("expected `memory`, `sqlite:PATH`, `postgres://…`")
+    );
     assert!(says(&["--time-scale", "0"]).contains("time-scale"));
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

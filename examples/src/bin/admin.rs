@@ -1,6 +1,6 @@
 //! An operator's tool: what became of an operation, and what to do about it.
 //!
-//! It works on the store of a server, running or not. A support ticket says an operation id, which
+//! It works on the store of a server, running or not, whichever it is. A support ticket says an operation id, which
 //! the client saw in a refusal; or a key, and whose it is.
 //!
 //! ```sh
@@ -22,7 +22,7 @@
 //! admin purge scope alice                    # all of a tenant's records
 //! ```
 //!
-//! Whoever may read the store's file may use it: there is no other protection. A server whose
+//! Whoever may read the store may use it: there is no other protection. A server whose
 //! engine has a secret computes its keys with it; for those, say `--secret` too.
 
 use std::{process::ExitCode, time::Duration};
@@ -39,7 +39,7 @@ use idem_runtime::{
 /// Finds, lists, settles and purges the records of a server
 #[derive(Parser)]
 struct Command {
-    /// Where the server keeps its records: `sqlite:PATH`
+    /// Where the server keeps its records: `sqlite:PATH`, or the URL of a server, see `stores.rs`
     #[arg(long)]
     store: StoreChoice,
     /// The secret of the server's engine, if it has one

@@ -28,10 +28,8 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use examples::{Downstream, Failure, Result};
-use idem_runtime::{
-    CallError, Idempotency, RefusalKind, Scope, StepError, idempotent, store::SqliteStore,
-};
+use examples::{Downstream, Failure, Result, StoreChoice};
+use idem_runtime::{CallError, Idempotency, RefusalKind, Scope, StepError, idempotent};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -281,7 +279,7 @@ fn now() -> u128 {
 /// A consumer of a queue that delivers at least once, and a job that happens once
 #[derive(Parser)]
 struct Command {
-    /// Where queue, records and ledger are
+    /// Where queue and ledger are, and the records unless they are to be elsewhere
     #[arg(long, default_value = "consumer", global = true)]
     directory: PathBuf,
     #[command(subcommand)]
@@ -312,6 +310,9 @@ struct Run {
     /// For how long a job's claim outlives its process, in milliseconds
     #[arg(long, default_value_t = 5_000)]
     lease_ms: u64,
+    /// Where idem keeps its records, see `stores.rs` [default: sqlite:DIRECTORY/records.db]
+    #[arg(long)]
+    store: Option<StoreChoice>,
     /// Stop for good at this place of a job's first attempt
     #[arg(long)]
     stall: Option<Stall>,
@@ -328,8 +329,10 @@ async fn run(Command { directory, what }: Command) -> Result<()> {
         What::Put { order, amount } => return Ok(queue.put(&Message { order, amount })?),
         What::Run(run) => run,
     };
+    let beside = || StoreChoice::Sqlite(directory.join("records.db"));
+    let store = run.store.clone().unwrap_or_else(beside);
     // Nobody's orders have the number of another's: there is one scope.
-    let idem = Idempotency::builder(SqliteStore::open(directory.join("records.db")).await?)
+    let idem = Idempotency::builder(store.open().await?)
         .scope(Scope::global())
         .lease(Duration::from_millis(run.lease_ms))
         .build();

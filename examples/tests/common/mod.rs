@@ -102,6 +102,11 @@ impl Server {
         }
     }
 
+    /// A line of its output, if it has printed it since the last one that was asked for.
+    pub(crate) fn printed(&self, text: &str) -> Option<String> {
+        self.lines.try_iter().find(|line| line.contains(text))
+    }
+
     /// Kills it as a crash does.
     pub(crate) fn crash(mut self) -> Option<TempDir> {
         self.directory.take()

@@ -4,7 +4,7 @@
 //! up; and each can be repeated.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -115,11 +115,12 @@ type Result<T> = std::result::Result<T, sqlx::Error>;
 pub(crate) struct Books(SqlitePool);
 
 impl Books {
-    /// Opens the books: a file beside idem's records, or none where those are in memory.
-    pub(crate) async fn open(store: &StoreChoice) -> Result<Self> {
-        let options = match store {
-            StoreChoice::Memory => SqliteConnectOptions::new().in_memory(true),
-            StoreChoice::Sqlite(records) => beside(records),
+    /// Opens the books: in this file, or else beside idem's records, or else in memory.
+    pub(crate) async fn open(file: Option<PathBuf>, store: &StoreChoice) -> Result<Self> {
+        let options = match (file, store) {
+            (Some(file), _) => durable(&file),
+            (None, StoreChoice::Sqlite(records)) => durable(&records.with_extension("leash.db")),
+            (None, _) => SqliteConnectOptions::new().in_memory(true),
         };
         // One connection: the writes are short, and a database in memory is its connection's.
         let pool =
@@ -256,9 +257,9 @@ impl Books {
 }
 
 /// What was answered is on the disk.
-fn beside(records: &Path) -> SqliteConnectOptions {
+fn durable(file: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
-        .filename(records.with_extension("leash.db"))
+        .filename(file)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)

@@ -35,8 +35,8 @@
 //! knows it is its SHA-256.
 //!
 //! `/_downstream` (the chain) and `/_effects` are aids of the demonstration. With `--store
-//! sqlite:PATH` the events are in a file beside idem's records, and outlive this process; what the
-//! chain did outlives it with `--ledger`.
+//! sqlite:PATH` the events are in a file beside idem's records, and outlive this process; with any
+//! other store they do with `--books`. What the chain did outlives it with `--ledger`.
 //!
 //! ```sh
 //! cargo run -p examples --bin leash    # `-- --time-scale 8640` makes the 24 hours ten seconds
@@ -358,6 +358,10 @@ struct InQuery<T>(T);
 struct Command {
     #[command(flatten)]
     switches: Switches,
+    /// A database file for the events and webhooks [default: beside idem's records, or none where
+    /// those are no file]
+    #[arg(long, value_name = "PATH")]
+    books: Option<PathBuf>,
     /// A file in which the simulated chain, or what a receiver books in, remembers what it did
     #[arg(long, value_name = "PATH")]
     ledger: Option<PathBuf>,
@@ -372,7 +376,7 @@ async fn main() -> ExitCode {
     examples::exit(run(Command::parse()).await)
 }
 
-async fn run(Command { switches, ledger, receive }: Command) -> examples::Result<()> {
+async fn run(Command { switches, books, ledger, receive }: Command) -> examples::Result<()> {
     let store = switches.store.clone().unwrap_or(StoreChoice::Memory);
     let engine = Idempotency::builder(store.open().await?).lease(LEASE);
     let downstream = match ledger {
@@ -392,7 +396,7 @@ async fn run(Command { switches, ledger, receive }: Command) -> examples::Result
     // asks about.
     let engine = engine.scope(API_KEY).ttl(ttl).refusals(refusals).operation_header(None).build();
     let server = Server::bind(switches.port.unwrap_or(3005)).await?;
-    let books = Books::open(&store).await?;
+    let books = Books::open(books, &store).await?;
     let app = App { idem: engine.clone(), chain: downstream, books, switches };
     tokio::spawn(jobs::confirm(app.clone()));
     tokio::spawn(jobs::deliver(app.clone(), jobs::client()?));
