@@ -39,6 +39,10 @@
 //! None is on by default; the memory store needs none.
 
 #[doc(hidden)]
+#[macro_use]
+pub mod marks;
+
+#[doc(hidden)]
 pub mod __private;
 mod admin;
 mod anchor;

@@ -148,9 +148,11 @@ impl Exchange {
             let unclaimed = Unclaimed::of(&shared, &policy, request.extensions_mut());
             return Opened::Unkeyed(Unkeyed::Plain(request, unclaimed));
         }
+        mark!("request.received");
         let (mut head, body) = request.into_parts();
         let (parameters, readable) = parameters(&mut head).await;
         let endpoint = endpoint(&head, &parameters, &policy.anchor);
+        mark!("request.head.read");
         let body = Content::Untouched(body);
         let mut exchange = Self { shared, policy, head, body, parameters, endpoint, state };
         if !readable {
@@ -173,6 +175,7 @@ impl Exchange {
             };
             return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
         }
+        mark!("request.read");
         Opened::Keyed(Box::new(exchange))
     }
 
@@ -259,6 +262,7 @@ impl Exchange {
     }
 
     fn render(&self, refusal: Refusal) -> Response {
+        mark!("refusal.before");
         let (outcome, operation_id) = (Outcome::Refused(refusal.kind()), refusal.operation_id());
         let mut response = refuse(&self.shared, &self.policy, refusal);
         say(&self.shared, &self.policy, &mut response, outcome, operation_id);
@@ -292,10 +296,14 @@ impl Exchange {
                 return unkeyed.conduct(runner).await;
             }
         };
+        mark!("request.keyed");
         let (shared, operation) = (Arc::clone(&self.shared), Arc::clone(&call.operation));
         let claimed = self.claim(call, runner).boxed();
         match FinishAnyway::new(shared, operation, claimed).await {
-            Conducted::Answered(response) => *response,
+            Conducted::Answered(response) => {
+                mark!("request.answered");
+                *response
+            }
             // Who waits has claimed nothing: a client that hangs up is gone at once.
             Conducted::Waits(waiting) => waiting.wait().await,
         }
@@ -346,6 +354,7 @@ impl Exchange {
         if known.is_some_and(|operation| operation.is_claimed_further_out(&shared, &call.key)) {
             return Conducted::Answered(Box::new(self.run_unclaimed(runner).await));
         }
+        mark!("request.claiming");
         let until = self.may_wait_until();
         let admission = match self.policy.transaction {
             true => {
@@ -430,7 +439,10 @@ impl Exchange {
             && self.policy.mode == Mode::Enforce
             && run.attempt.number > 1
         {
-            match recover(self.context(&operation)).await.0 {
+            mark!("recover.before");
+            let recovered = recover(self.context(&operation)).await.0;
+            mark!("recover.answered");
+            match recovered {
                 Recovery::Answered(response) => {
                     let response = response.map(Body::new);
                     let settle = Settle::recorded();
@@ -460,8 +472,10 @@ impl Exchange {
         // What is behind may claim for itself: a layer's handler, or a service that a handler calls.
         head.extensions.insert(operation.inner());
         let request = Request::from_parts(head, body.into_body());
+        mark!("handler.starting");
         match shared.carried(async move { runner(request).await }.boxed()).await? {
             Ran::Answered(response) => {
+                mark!("handler.returned");
                 let refused = response.extensions().get().map(|Refused(kind)| *kind);
                 // What a handler says of its answer holds for whoever claimed further out, too.
                 let said = response.extensions().get::<Settle>().copied();
@@ -473,6 +487,7 @@ impl Exchange {
                     run.keep_effects();
                 }
                 let (response, end) = weigh(&shared, &policy, response, settle).await;
+                mark!("response.weighed");
                 let by_handler = refused.is_none() && settle.fate == Fate::Forget;
                 Some(match end {
                     End::Forget if !by_handler && run.attempt.has_steps() => {
@@ -486,6 +501,7 @@ impl Exchange {
     }
 
     async fn run(mut self: Box<Self>, run: Run, runner: Runner) -> Response {
+        mark!("run.starting");
         let (shared, policy) = (Arc::clone(&self.shared), self.policy);
         let operation = Operation::of(&mut self.head.extensions);
         operation.grant(&run.attempt);
@@ -530,10 +546,12 @@ impl Exchange {
             Ended::Lost => (lost(operation_id), operation_id),
         };
         say(&shared, &policy, &mut response, outcome, Some(operation_id));
+        mark!("response.ready");
         response
     }
 
     fn replay(&self, recorded: Answer, operation_id: OperationId) -> Response {
+        mark!("replay.before");
         match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
                 let (outcome, id) = (Outcome::Replayed, Some(operation_id));

@@ -64,10 +64,15 @@ impl<O: Opening> Call for Open<'_, O> {
         loop {
             // From an instant 0 its times are spans.
             let (row, answer) = opening.on_nothing(0);
+            mark!("mysql.insert.before");
             match row {
-                Some(row) if insert(connection, &row).await? => return Ok(answer),
+                Some(row) if insert(connection, &row).await? => {
+                    mark!("mysql.insert.answered");
+                    return Ok(answer);
+                }
                 _ => {}
             }
+            mark!("mysql.leased.insert.refused");
             let Some(Loaded { row: before, now, stamp }) = load(connection, opening.key()).await?
             else {
                 match opening.on_nothing(0) {
@@ -85,7 +90,9 @@ impl<O: Opening> Call for Open<'_, O> {
                 None => opening.on_nothing(now),
             };
             let Some(row) = row else { return Ok(answer) };
+            mark!("mysql.leased.claim.read");
             if replace(connection, stamp, &row).await? {
+                mark!("mysql.leased.claim.replaced");
                 return Ok(answer);
             }
         }
@@ -106,7 +113,9 @@ impl Call for Complete<'_> {
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
         let completion = self.0;
         loop {
+            mark!("mysql.leased.complete.before");
             if complete(connection, completion).await? {
+                mark!("mysql.leased.complete.answered");
                 return Ok(Written::Done);
             }
             let looked = look(connection, &completion.key, completion.format).await?;
@@ -205,6 +214,7 @@ impl Call for Change<'_> {
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
         loop {
             let looked = look(connection, self.key(), self.format()).await?;
+            mark!("mysql.leased.change.read");
             let Some(Loaded { mut row, now, stamp }) = looked else { return Ok(Written::Gone) };
             let done = match self.on_row(&mut row, now) {
                 Ended::Changed => replace(connection, stamp, &row).await?,
@@ -213,6 +223,7 @@ impl Call for Change<'_> {
                 Ended::Fenced => return Ok(Written::Fenced(row.record(now))),
             };
             if done {
+                mark!("mysql.leased.change.answered");
                 return Ok(Written::Done);
             }
         }
