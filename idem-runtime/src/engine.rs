@@ -402,7 +402,8 @@ impl Shared {
     pub(crate) async fn issue(&self, issue: &Issue) -> Result<Written, StoreError> {
         let give_up = later(Instant::now(), self.limits.record_wait);
         mark!("issue.before");
-        let written = self.persist(give_up, || mark!("issue.sent" => self.store.issue(issue))).await;
+        let written =
+            self.persist(give_up, || mark!("issue.sent" => self.store.issue(issue))).await;
         mark!("issue.answered");
         written
     }

@@ -4,6 +4,7 @@
 #![expect(clippy::expect_used, reason = "what cannot be set up fails the test that needs it")]
 
 pub mod faults;
+pub mod ledger;
 pub mod server;
 #[cfg(feature = "servers")]
 pub mod servers;
