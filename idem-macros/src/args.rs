@@ -32,6 +32,7 @@ pub(crate) struct Args {
     pub(crate) lease: Option<Said<Term>>,
     pub(crate) replay: Option<Said<Replay>>,
     pub(crate) issued: Option<Said<()>>,
+    pub(crate) transaction: Option<Said<()>>,
     pub(crate) refusals: Option<Said<Term>>,
     pub(crate) mode: Option<Said<Term>>,
     pub(crate) store_outage: Option<Said<Term>>,
@@ -97,7 +98,7 @@ pub(crate) struct Call {
 }
 
 /// Every option with an example, in the order of the documentation.
-pub(crate) const OPTIONS: [(&str, &str); 22] = [
+pub(crate) const OPTIONS: [(&str, &str); 23] = [
     ("anchor", r#"anchor = header("Idempotency-Key")"#),
     ("ttl", r#"ttl = "24h""#),
     ("scope", r#"scope = header("X-Tenant")"#),
@@ -112,6 +113,7 @@ pub(crate) const OPTIONS: [(&str, &str); 22] = [
     ("lease", r#"lease = "30s""#),
     ("replay", "replay(status = 200)"),
     ("issued", "issued"),
+    ("transaction", "transaction"),
     ("refusals", "refusals = PROBLEMS"),
     ("mode", "mode = observe"),
     ("store_outage", "store_outage = closed"),
@@ -163,6 +165,7 @@ impl Args {
             "lease" => &mut self.lease,
             "replay" => return replay(&mut self.replay, key, input),
             "issued" => return flag(&mut self.issued, key, input),
+            "transaction" => return flag(&mut self.transaction, key, input),
             "refusals" => &mut self.refusals,
             "mode" => &mut self.mode,
             "store_outage" => &mut self.store_outage,
@@ -171,7 +174,6 @@ impl Args {
             "operation" => &mut self.operation,
             "nothing_happened" => &mut self.nothing_happened,
             "crate" => return fill(&mut self.krate, key, input, Path::parse_mod_style),
-            "transaction" => return Err(not_yet(&key)),
             _ => return Err(unknown(&key)),
         };
         fill(slot, key, input, Term::parse)
@@ -256,14 +258,6 @@ fn skip_to_comma(input: ParseStream<'_>) -> Result<()> {
 
 pub(crate) fn twice(key: &Ident) -> Error {
     Error::new_spanned(key, format!("option `{key}` given twice: leave out one of them"))
-}
-
-/// The refusal of what the design has and the engine has not.
-fn not_yet(word: &Ident) -> Error {
-    let message = format!(
-        "`{word}` is not yet supported: leave it out, and the answer is recorded when the handler has returned"
-    );
-    Error::new_spanned(word, message)
 }
 
 fn no_value(key: &Ident) -> Error {

@@ -59,6 +59,8 @@ pub(crate) struct Policy {
     pub(crate) lease: Option<Time>,
     pub(crate) replay: Option<Replay>,
     pub(crate) issued: bool,
+    /// The word that says it.
+    pub(crate) transaction: Option<Ident>,
     pub(crate) refusals: Option<ExprPath>,
     pub(crate) mode: Option<Variant>,
     pub(crate) store_outage: Option<Variant>,
@@ -191,6 +193,9 @@ fn policy(
     let scope = args.scope.as_ref().map(|said| parts.scope(&said.value));
     let fingerprint = args.fingerprint.as_ref().and_then(|said| parts.fingerprint(&said.value));
     contradictions(&anchor, &args, asked, errors);
+    if args.transaction.is_some() {
+        what_transactions_do_not_have(&args, errors);
+    }
 
     let lease = read(args.lease, errors, |key, term| {
         value::time(key, term, "30s", "a lease that ends at once lets every retry run")
@@ -241,6 +246,7 @@ fn policy(
         lease,
         replay,
         issued: args.issued.is_some(),
+        transaction: args.transaction.map(|said| said.key),
         refusals,
         mode,
         store_outage,
@@ -292,6 +298,38 @@ fn contradictions(anchor: &[Part], args: &Args, asked: Asked, errors: &mut Error
     }
     if let Some(issued) = &args.issued {
         issued_keys(&issued.key, anchor, args, errors);
+    }
+}
+
+/// The record of a transactional handler appears with its effects or not at all.
+fn what_transactions_do_not_have(args: &Args, errors: &mut Errors) {
+    if let Some(on_unknown) = &args.on_unknown {
+        errors.at(
+            &on_unknown.key,
+            "a transactional handler leaves no unknown outcome: what was not committed did not happen. Leave out `on_unknown`, or `transaction`",
+        );
+    }
+    if let Some(lease) = &args.lease {
+        errors.at(
+            &lease.key,
+            "a transactional handler has no lease: the end of its connection ends its claim. Leave out `lease`, or `transaction`",
+        );
+    }
+    if let Some(Said { key, value: Term::Word(word) }) = &args.store_outage
+        && word == "open"
+    {
+        errors.at(
+            key,
+            "a transactional handler can do nothing while its database is away: leave out `store_outage = open`, or `transaction`",
+        );
+    }
+    if let Some(Said { key, value: Term::Word(word) }) = &args.mode
+        && word == "off"
+    {
+        errors.at(
+            key,
+            "a handler that is never claimed for has no record to commit with: leave out `mode = off`, or `transaction`",
+        );
     }
 }
 

@@ -105,9 +105,9 @@ pub(crate) fn function(checked: &Checked) -> TokenStream {
 fn handler(handler: &Wrapped<'_>, state: Option<&Type>) -> (TokenStream, TokenStream) {
     let policy = handler.policy();
     let checks = state.map(|state| handler.state_checks(state));
-    let probe = handler.streaming_probe();
+    let (streams, transaction) = (handler.streaming_probe(), handler.transaction_probe());
     let run = handler.run();
-    let body = quote_spanned!(Span::mixed_site()=> #policy #checks #probe #run);
+    let body = quote_spanned!(Span::mixed_site()=> #policy #checks #streams #transaction #run);
     (handler.signature(), body)
 }
 
@@ -204,6 +204,43 @@ impl<'a> Wrapped<'a> {
                 #[allow(unused_imports)]
                 use #p::probe::Fallback as _;
                 #check
+            }
+        })
+    }
+
+    /// A `Tx` among the arguments goes with the word `transaction`; told by the types, through
+    /// aliases.
+    fn transaction_probe(&self) -> Option<TokenStream> {
+        let (here, p) = (Span::mixed_site(), self.private);
+        let arguments = &self.handler.arguments;
+        let count = |Argument { ty, .. }: &Argument| quote_spanned!(at(ty)=> #p::transaction::Of::<#ty>::COUNT);
+        let checks: Vec<TokenStream> = match &self.checked.policy.transaction {
+            Some(word) => {
+                let counts = arguments.iter().map(count);
+                vec![quote_spanned!(at(word)=> #p::transaction::one(0 #(+ #counts)*))]
+            }
+            None => {
+                let counts = arguments.iter().map(|argument| (at(&argument.ty), count(argument)));
+                counts
+                    .map(|(there, count)| quote_spanned!(there=> #p::transaction::none(#count)))
+                    .collect()
+            }
+        };
+        if checks.is_empty() {
+            return None;
+        }
+        let types = arguments.iter().map(|Argument { ty, .. }| ty);
+        let is_generic = depends_on_parameters(self.handler, &quote!(#(#types)*));
+        let checks = checks.iter().map(|check| match is_generic {
+            true => quote_spanned!(here=> const { #check };),
+            false => quote_spanned!(here=> const _: () = #check;),
+        });
+        Some(quote_spanned! {here=>
+            {
+                // Unused where each argument is a `Tx`.
+                #[allow(unused_imports)]
+                use #p::transaction::Fallback as _;
+                #(#checks)*
             }
         })
     }
@@ -305,10 +342,7 @@ impl Returns {
 /// but only the latter may depend on the type parameters.
 fn constant(handler: &CheckedHandler, ty: &TokenStream, value: &TokenStream) -> TokenStream {
     let here = Span::mixed_site();
-    let parameters = &handler.signature.generics.params;
-    let generic = mentions(value, "Self")
-        || parameters.iter().filter_map(name_of).any(|name| mentions(value, &name));
-    if generic {
+    if depends_on_parameters(handler, value) {
         return quote_spanned!(here=> &const { #value });
     }
     // Named in a block of its own: an item of ours would shadow the user's.
@@ -318,6 +352,13 @@ fn constant(handler: &CheckedHandler, ty: &TokenStream, value: &TokenStream) -> 
             &__IDEM_POLICY
         }
     }
+}
+
+/// Whether an item, which sees no type parameters, cannot say this.
+fn depends_on_parameters(handler: &CheckedHandler, tokens: &TokenStream) -> bool {
+    let parameters = &handler.signature.generics.params;
+    mentions(tokens, "Self")
+        || parameters.iter().filter_map(name_of).any(|name| mentions(tokens, &name))
 }
 
 /// `&(expression)`, from the first to the last token of the expression, which rustc joins where it

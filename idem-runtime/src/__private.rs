@@ -67,6 +67,56 @@ pub const fn never<E>(_: &E) -> bool {
     false
 }
 
+/// Finds handlers whose word `transaction` and whose arguments do not agree, through aliases, when
+/// they are compiled.
+pub mod transaction {
+    use std::{fmt, marker::PhantomData};
+
+    /// Stands for the type of an argument.
+    pub struct Of<T>(PhantomData<T>);
+
+    impl<T> fmt::Debug for Of<T> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Of")
+        }
+    }
+
+    /// What every other type answers.
+    pub trait Fallback {
+        /// How many transactions it is.
+        const COUNT: usize = 0;
+    }
+
+    impl<T> Fallback for Of<T> {}
+
+    #[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
+    impl<DB: sqlx::Database> Of<crate::Tx<DB>> {
+        /// How many transactions it is.
+        pub const COUNT: usize = 1;
+    }
+
+    /// What a handler that says `transaction` takes.
+    #[track_caller]
+    pub const fn one(count: usize) {
+        match count {
+            0 => panic!(
+                "this handler says `transaction` and takes no `Tx`: add an argument such as `mut tx: Tx<Postgres>`, and use `&mut *tx` as the connection"
+            ),
+            1 => {}
+            _ => panic!("this handler takes more than one `Tx`: there is one transaction"),
+        }
+    }
+
+    /// What a handler that does not say it takes.
+    #[track_caller]
+    pub const fn none(count: usize) {
+        assert!(
+            count == 0,
+            "this handler takes a `Tx` and does not say `transaction`: nobody would commit it"
+        );
+    }
+}
+
 /// Finds handlers that return a stream, through aliases, when they are compiled.
 pub mod probe {
     use std::{fmt, marker::PhantomData};

@@ -32,6 +32,7 @@
 //! | feature | |
 //! |---|---|
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
+//! | `mysql` | `store::MySqlStore`, which many processes share, on MySQL or MariaDB |
 //! | `postgres` | `store::PostgresStore`, which many processes share |
 //! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
 //! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) and [`Manage`](store::Manage) traits as public tests |

@@ -6,6 +6,7 @@
 
 pub mod mariadb;
 pub mod postgres;
+pub mod proxy;
 pub mod redis;
 
 use std::{

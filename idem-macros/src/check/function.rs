@@ -130,6 +130,10 @@ fn refuse_what_reads_requests(args: &mut Args, errors: &mut Errors) {
         "`issued` is for keys that clients bring back: a plain function takes its key from its arguments",
     );
     refuse(
+        args.transaction.take().map(|said| said.key),
+        "`transaction` is for handlers, which take a `Tx`: of a plain function an attempt that died is an unknown outcome",
+    );
+    refuse(
         args.refusals.take().map(|said| said.key),
         "`refusals` shapes responses: a plain function says it by its error, which implements `From<CallError>`",
     );

@@ -39,6 +39,7 @@ pub(crate) fn tokens(checked: &Checked, p: &TokenStream) -> TokenStream {
     let lease = policy.lease.as_ref().map(|lease| duration("lease", lease));
     let replay = policy.replay.as_ref().map(|replay| self::replay(replay, p));
     let issued = policy.issued.then(|| quote_spanned!(here=> .issued()));
+    let transaction = policy.transaction.as_ref().map(|_| quote_spanned!(here=> .transaction()));
     let refusals = policy.refusals.as_ref().map(|path| quote_spanned!(here=> .refusals(&#path)));
     let mode = policy.mode.map(|variant| choice("mode", "Mode", variant, p));
     let store_outage =
@@ -46,7 +47,7 @@ pub(crate) fn tokens(checked: &Checked, p: &TokenStream) -> TokenStream {
     quote_spanned! {here=>
         #p::Policy::new(#anchor)
             #ttl #scope #space #format #optional #fingerprint #record #in_flight #on_unknown
-            #admit #lease #replay #issued #refusals #mode #store_outage
+            #admit #lease #replay #issued #transaction #refusals #mode #store_outage
     }
 }
 

@@ -54,6 +54,13 @@ fn an_ordinary_handler() {
 }
 
 #[test]
+fn a_transactional_handler() {
+    let args = r#"anchor = header("Idempotency-Key"), transaction"#;
+    let item = "async fn pay(mut tx: Tx<Pg>, body: String) -> Result<String, Problem> { Ok(body) }";
+    assert_expands("transactional", expand(args, item));
+}
+
+#[test]
 fn a_handler_that_says_everything() {
     assert_expands("everything", expand(EVERYTHING, ORDINARY));
 }

@@ -56,13 +56,29 @@ fn options_are_known_and_given_once() {
 }
 
 #[test]
-fn what_is_not_built_is_refused_at_the_word() {
-    for value in ["", " = a::b", "(status = 200, merge = { a: 1 })"] {
-        assert_option(
-            &format!("transaction{value}, anchor = KEY"),
-            "transaction",
-            "`transaction` is not yet supported",
-        );
+fn a_transactional_handler_has_neither_lease_nor_unknown_outcome() {
+    for (said, word, why) in [
+        ("on_unknown = rerun", "on_unknown", "leaves no unknown outcome"),
+        ("on_unknown = refuse", "on_unknown", "leaves no unknown outcome"),
+        ("on_unknown = recover = ask", "on_unknown", "leaves no unknown outcome"),
+        ("lease = \"30s\"", "lease", "has no lease"),
+        ("store_outage = open", "store_outage", "can do nothing while its database is away"),
+        ("mode = off", "mode", "no record to commit with"),
+    ] {
+        assert_option(&format!("anchor = KEY, transaction, {said}"), word, why);
+        assert_option(&format!("{said}, transaction, anchor = KEY"), word, why);
+    }
+    for said in [
+        "in_flight = wait(\"5s\")",
+        "store_outage = closed",
+        "mode = observe",
+        "issued, space = \"a\"",
+    ] {
+        assert!(mistakes(&format!("anchor = KEY, transaction, {said}"), HANDLER).is_empty());
+    }
+    for value in [" = true", "(postgres)"] {
+        let said = format!("anchor = KEY, transaction{value}");
+        assert_option(&said, "transaction", "write just `transaction`");
     }
 }
 
@@ -578,7 +594,7 @@ fn a_plain_function_has_no_request() {
         "check the others in the function's body",
     );
     option("operation = a, operation = b", "operation", "option `operation` given twice");
-    option("transaction", "transaction", "not yet supported");
+    option("transaction", "transaction", "is for handlers, which take a `Tx`");
 }
 
 #[test]
@@ -649,24 +665,8 @@ fn all_mistakes_are_reported_at_once() {
     let item = "fn f(self, #[x] Json(b): Json<B>, x: &str) {}";
     let places: Vec<String> = mistakes(args, item).into_iter().map(|(at, _)| at).collect();
     let expected = [
-        "tll",
-        "ttl",
-        "lease",
-        "transaction",
-        "state",
-        "fn",
-        "self",
-        "#[x]",
-        "Json<B>",
-        "&str",
-        "stat",
-        "heder",
-        "\"a b\"",
-        "\"\"",
-        "\"0s\"",
-        "\"24\"",
-        "0",
-        "sucess",
+        "tll", "ttl", "lease", "state", "fn", "self", "#[x]", "Json<B>", "&str", "stat", "heder",
+        "\"a b\"", "\"\"", "lease", "\"0s\"", "\"24\"", "0", "sucess",
     ];
     assert_eq!(places, expected);
 

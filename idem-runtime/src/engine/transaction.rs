@@ -194,7 +194,11 @@ impl Shared {
         let mut claim = call.claim(operation_id);
         for _ in 0..4 {
             mark!("transaction.begin.before");
-            let begun = self.ask(mark!("transaction.begin.sent" => transact.begin(&claim))).await;
+            // Its duplicates must not queue for connections, which owners may hold all of.
+            let begun = match self.holds_in_transaction(&claim.key) {
+                true => Ok(Begun::Held),
+                false => self.ask(mark!("transaction.begin.sent" => transact.begin(&claim))).await,
+            };
             mark!("transaction.begin.answered");
             let record = match begun {
                 Ok(Begun::Granted(transaction, record)) => {

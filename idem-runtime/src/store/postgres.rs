@@ -5,7 +5,9 @@
 
 mod calls;
 mod manage;
+mod rows;
 mod schema;
+mod transaction;
 mod wake;
 
 use std::{
@@ -32,7 +34,7 @@ use self::calls::{Call, Fault, Forget, Numbered, Release, Session, Sweep};
 pub use self::schema::SchemaMismatch;
 use super::{
     Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
-    StoreErrorKind, Wake, Written,
+    StoreErrorKind, Transact, Wake, Written,
 };
 use crate::{
     key::{Key, Token},
@@ -44,6 +46,9 @@ const NAME: &str = "postgres";
 /// How long a call may take, with all that is asked again. An engine's own time-out is shorter
 /// unless it was told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a call waits for a connection, also where the server refuses any: sqlx goes on trying. Within
+/// the time-out of an engine, so that the reason is told.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a call is made at the most, if each time somebody else was faster.
 const ATTEMPTS: u32 = 12;
 /// How many rows are removed by one statement, so that none of them is locked for long.
@@ -94,13 +99,18 @@ const SWEPT_AT_ONCE: usize = 500;
 ///
 /// # Poolers
 ///
-/// Behind a pooler in *transaction* mode (PgBouncer and its like), statements that one connection
-/// prepares are looked for on another. PgBouncer ≥ 1.21 takes care of that if
+/// Behind a pooler in *transaction* mode (PgBouncer and its like), a statement that one connection
+/// has prepared is looked for on another. PgBouncer ≥ 1.21 takes care of that if
 /// `max_prepared_statements` is set; for others, say
-/// [`through_transaction_pooler`](Self::through_transaction_pooler). [`connect`](Self::connect)
-/// refuses connections that do not keep the settings that it gives them, since something stands in
-/// between; use [`new`](Self::new) there. LISTEN does not pass a transaction pooler: requests that
-/// wait for an owner in another process then look at the record now and then.
+/// [`through_transaction_pooler`](Self::through_transaction_pooler). Without it the first call looks
+/// for such a pooler, on two connections beside those of the pool, and fails
+/// ([`Refused`](StoreErrorKind::Refused)) where it finds one; a pooler that is busy at that moment
+/// may escape it. [`connect`](Self::connect) refuses poolers of every kind, which keep its settings
+/// from the server: use [`new`](Self::new) there. (For sqlx, PgBouncer needs
+/// `ignore_startup_parameters = extra_float_digits`.)
+///
+/// LISTEN does not pass a transaction pooler: requests that wait for an owner in another process
+/// then look at the record now and then.
 ///
 /// A clone is another handle to the same records.
 #[derive(Clone, Debug)]
@@ -148,19 +158,23 @@ impl PostgresStore {
             // Whoever called has given up by then.
             ("statement_timeout", "10s"),
         ]);
-        let pool = PgPoolOptions::new()
-            .max_connections(10)
-            .acquire_timeout(TIMEOUT)
-            .test_before_acquire(false)
-            .connect_with(options)
-            .await
-            .map_err(failure)?;
-        let setting = sqlx::query_scalar("SELECT current_setting('enable_seqscan')");
-        let setting: String = setting.persistent(false).fetch_one(&pool).await.map_err(failure)?;
-        if setting != "off" {
+        let trying = async {
+            let mut connection = options.connect().await?;
+            let setting = sqlx::query_scalar("SELECT current_setting('enable_seqscan')");
+            let setting: String = setting.persistent(false).fetch_one(&mut connection).await?;
+            connection.close().await?;
+            Ok(setting)
+        };
+        let setting = timeout(TIMEOUT, trying).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        if setting.map_err(failure)? != "off" {
             let cause = "the connection's settings do not reach the server: is there a pooler?";
             return Err(StoreError::caused_by(NAME, StoreErrorKind::Refused, cause));
         }
+        let pool = PgPoolOptions::new()
+            .max_connections(10)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .test_before_acquire(false)
+            .connect_lazy_with(options);
         Ok(Self::new(pool))
     }
 
@@ -185,8 +199,43 @@ impl PostgresStore {
 
     /// Makes a call, after the tables were found to be those of this release.
     async fn ask<C: Call + ?Sized>(&self, call: &C) -> Result<C::Answer, StoreError> {
-        self.0.checked.get_or_try_init(|| self.check_schema()).await?;
+        self.ready().await?;
         self.ask_unchecked(call).await
+    }
+
+    /// Finds out, once, whether connections and tables are what this release needs.
+    async fn ready(&self) -> Result<(), StoreError> {
+        let check = || async {
+            self.check_statements().await?;
+            self.check_schema().await
+        };
+        self.0.checked.get_or_try_init(check).await.map(drop)
+    }
+
+    /// Refuses to share connections with others without knowing. Two new connections prepare their
+    /// first statement, which both give the same name: behind a pooler in transaction mode that is
+    /// not busy, both get to the same connection of the server.
+    ///
+    /// Mixed-up statements fail, as a rule; in the worst case one is executed in the place of
+    /// another.
+    async fn check_statements(&self) -> Result<(), StoreError> {
+        if !self.0.prepares {
+            return Ok(());
+        }
+        let options = self.0.pool.connect_options();
+        let checking = async {
+            let mut first = options.connect().await?;
+            sqlx::query("SELECT 1").execute(&mut first).await?;
+            let mut second = options.connect().await?;
+            sqlx::query("SELECT 1").execute(&mut second).await?;
+            first.close().await?;
+            second.close().await
+        };
+        match timeout(TIMEOUT, checking).await {
+            Ok(Err(error)) if is_mixed_up(&error) => Err(failure(error)),
+            // Whatever else is the matter, the call itself will meet it.
+            _ => Ok(()),
+        }
     }
 
     /// Makes a call, once more on another connection if that was lost, and again where somebody else
@@ -273,12 +322,16 @@ impl Drop for InUse {
 
 fn failure(error: sqlx::Error) -> StoreError {
     let kind = kind_of(&error);
-    match state_of(&error).as_deref() {
-        // A prepared statement that is not there, or is already: it was prepared on another
-        // connection.
-        Some("26000" | "42P05") => StoreError::caused_by(NAME, kind, Mixed(error)),
-        _ => StoreError::caused_by(NAME, kind, error),
+    if is_mixed_up(&error) {
+        return StoreError::caused_by(NAME, kind, MixedUp(error));
     }
+    StoreError::caused_by(NAME, kind, error)
+}
+
+/// Whether a prepared statement is not there, or is already: it was prepared on another connection.
+fn is_mixed_up(error: &sqlx::Error) -> bool {
+    // invalid_sql_statement_name, duplicate_prepared_statement.
+    matches!(state_of(error).as_deref(), Some("26000" | "42P05"))
 }
 
 /// Statements of one connection have met those of another.
@@ -287,7 +340,7 @@ fn failure(error: sqlx::Error) -> StoreError {
     "prepared statements are mixed up: behind a pooler in transaction mode, use \
      `PostgresStore::through_transaction_pooler`"
 )]
-struct Mixed(#[source] sqlx::Error);
+struct MixedUp(#[source] sqlx::Error);
 
 fn state_of(error: &sqlx::Error) -> Option<String> {
     error.as_database_error()?.code().map(String::from)
@@ -408,6 +461,10 @@ impl Store for PostgresStore {
     }
 
     fn manage(&self) -> Option<&dyn Manage> {
+        Some(self)
+    }
+
+    fn transact(&self) -> Option<&dyn Transact> {
         Some(self)
     }
 

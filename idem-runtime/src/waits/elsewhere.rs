@@ -85,10 +85,14 @@ impl Shared {
         self.let_go(key);
     }
 
+    /// Whether a transaction of this process holds it.
+    pub(crate) fn holds_in_transaction(&self, key: &Key) -> bool {
+        self.waits.elsewhere.change(|keys| keys.in_transactions.contains(key))
+    }
+
     /// Whether a claim on this key is held here.
     pub(crate) fn holds(&self, key: &Key) -> bool {
-        self.leases.holds(key)
-            || self.waits.elsewhere.change(|keys| keys.in_transactions.contains(key))
+        self.leases.holds(key) || self.holds_in_transaction(key)
     }
 
     fn heard(&self, signal: Signal) {

@@ -2,7 +2,7 @@
 
 use futures_util::future::join_all;
 use idem_runtime::store::{Kind, Listing, Manage as _, Purge, Purged};
-use sqlx::Row as _;
+use sqlx::{ConnectOptions as _, Row as _};
 
 use super::*;
 
@@ -109,6 +109,10 @@ async fn what_the_account_may_not_do_is_refused() {
     let nobody = MySqlStore::new(MySqlPoolOptions::new().connect_lazy_with(options));
     assert_fails(nobody.claim(&any_claim()).await, StoreErrorKind::Refused);
     assert_fails(MySqlStore::connect("no url").await, StoreErrorKind::Refused);
+    let server = database.options().to_url_lossy().join("/").expect("a URL");
+    let nowhere = MySqlStore::connect(server.as_str()).await.expect("a store");
+    assert_fails(nowhere.create_schema().await, StoreErrorKind::Refused);
+    assert_fails(nowhere.claim(&any_claim()).await, StoreErrorKind::Refused);
     run(&pool, format!("DROP USER {account}")).await;
 }
 

@@ -188,9 +188,9 @@ mod on_servers {
     }
 
     on_a_database!(Postgres: postgres_reruns = Rerun, postgres_refuses = Refuse,
-        postgres_recovers = Recover);
+        postgres_recovers = Recover, postgres_commits_once = Transaction);
     on_a_database!(MariaDb: mariadb_reruns = Rerun, mariadb_refuses = Refuse,
-        mariadb_recovers = Recover);
+        mariadb_recovers = Recover, mariadb_commits_once = Transaction);
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn redis_keeps_what_it_promises() {

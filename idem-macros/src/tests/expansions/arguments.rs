@@ -31,6 +31,22 @@ async fn f(
         use ::idem_runtime::__private::probe::Fallback as _;
         ::idem_runtime::__private::probe::Of::<u64>::idem_answer_is_complete();
     }
+    {
+        #[allow(unused_imports)]
+        use ::idem_runtime::__private::transaction::Fallback as _;
+        const _: () = ::idem_runtime::__private::transaction::none(
+            ::idem_runtime::__private::transaction::Of::<User>::COUNT,
+        );
+        const _: () = ::idem_runtime::__private::transaction::none(
+            ::idem_runtime::__private::transaction::Of::<Path<u64>>::COUNT,
+        );
+        const _: () = ::idem_runtime::__private::transaction::none(
+            ::idem_runtime::__private::transaction::Of::<Permit>::COUNT,
+        );
+        const _: () = ::idem_runtime::__private::transaction::none(
+            ::idem_runtime::__private::transaction::Of::<Json<B>>::COUNT,
+        );
+    }
     let (__call, __last) = match ::idem_runtime::__private::parse(__idem, __policy).await
     {
         ::core::result::Result::Ok(__parsed) => __parsed,

@@ -67,6 +67,16 @@ pub async fn transfer(
             Result<Json<Receipt>, Problem>,
         >::idem_answer_is_complete();
     }
+    {
+        #[allow(unused_imports)]
+        use foo::bar::__private::transaction::Fallback as _;
+        const _: () = foo::bar::__private::transaction::none(
+            foo::bar::__private::transaction::Of::<State<Db>>::COUNT,
+        );
+        const _: () = foo::bar::__private::transaction::none(
+            foo::bar::__private::transaction::Of::<Json<Transfer>>::COUNT,
+        );
+    }
     foo::bar::__private::run(
             __idem,
             __policy,

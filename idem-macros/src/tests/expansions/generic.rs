@@ -18,6 +18,20 @@ where
                 ::idem_runtime::__private::FingerprintScheme::body_fields(&["a"]),
             )
     };
+    {
+        #[allow(unused_imports)]
+        use ::idem_runtime::__private::transaction::Fallback as _;
+        const {
+            ::idem_runtime::__private::transaction::none(
+                ::idem_runtime::__private::transaction::Of::<State<T>>::COUNT,
+            )
+        };
+        const {
+            ::idem_runtime::__private::transaction::none(
+                ::idem_runtime::__private::transaction::Of::<Wrap<U>>::COUNT,
+            )
+        };
+    }
     ::idem_runtime::__private::run(
             __idem,
             __policy,

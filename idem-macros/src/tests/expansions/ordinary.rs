@@ -21,6 +21,16 @@ pub async fn transfer(
             Result<Json<Receipt>, Problem>,
         >::idem_answer_is_complete();
     }
+    {
+        #[allow(unused_imports)]
+        use ::idem_runtime::__private::transaction::Fallback as _;
+        const _: () = ::idem_runtime::__private::transaction::none(
+            ::idem_runtime::__private::transaction::Of::<State<Db>>::COUNT,
+        );
+        const _: () = ::idem_runtime::__private::transaction::none(
+            ::idem_runtime::__private::transaction::Of::<Json<Transfer>>::COUNT,
+        );
+    }
     ::idem_runtime::__private::run(
             __idem,
             __policy,

@@ -2,25 +2,22 @@
 //!
 //! Each call is decided by one statement that the server carries out as a whole: an `INSERT`
 //! where there is no row, an `UPDATE` or a `DELETE` that says in its condition under which token or
-//! after which reading it holds. None leaves a transaction open, and all can be made again when
-//! nobody knows what became of them.
+//! after which reading it holds. There are no transactions, so that no lock outlives its statement,
+//! and every call can be made again when nobody knows what became of it.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use sqlx::{Connection as _, MySqlConnection, Row as _, mysql::MySqlRow};
+use sqlx::MySqlConnection;
 
 use super::{
     failure::Failure,
-    row::{
-        Loaded, claim_of, columns, decode, from_now, insert, key_of, load, now, remove, replace,
-    },
+    row::{Loaded, claim_of, from_now, insert, key_of, load, now, remove, replace},
 };
 use crate::{
-    key::{Key, OperationId, ScopeDigest, Token},
+    key::{Key, Token},
     record::{FORMAT, Record},
     store::{
-        Checkpoint, Completion, Kind, Listing, Page, Place, Purged, Renewal, StoreErrorKind,
-        Written,
+        Checkpoint, Completion, Renewal, Written,
         clock::{Millis, after, end_of},
         row::{Ended, Opening, Row, found},
     },
@@ -63,23 +60,23 @@ impl<O: Opening> Call for Open<'_, O> {
         // Who finds that a row has changed since it was read looks again: somebody else got on.
         loop {
             // From an instant 0 its times are spans.
-            let (row, answer) = opening.on_nothing(0);
+            let (fresh, answer) = opening.on_nothing(0);
+            let may_be_made = fresh.is_some();
             mark!("mysql.insert.before");
-            match row {
-                Some(row) if insert(connection, &row).await? => {
-                    mark!("mysql.insert.answered");
-                    return Ok(answer);
-                }
-                _ => {}
+            if let Some(row) = fresh
+                && insert(connection, &row).await?
+            {
+                mark!("mysql.insert.answered");
+                return Ok(answer);
             }
             mark!("mysql.leased.insert.refused");
-            let Some(Loaded { row: before, now, stamp }) = load(connection, opening.key()).await?
-            else {
-                match opening.on_nothing(0) {
+            let loaded = load(connection, opening.key()).await?;
+            let Some(Loaded { row: before, now, stamp }) = loaded else {
+                if may_be_made {
                     // It was removed in between.
-                    (Some(_), _) => continue,
-                    (None, answer) => return Ok(answer),
+                    continue;
                 }
+                return Ok(answer);
             };
             let (row, answer) = match found(Some(&before), opening.format(), now)? {
                 Some(row) => {
@@ -271,7 +268,7 @@ macro_rules! listed {
 }
 
 /// A list of keys for [`listed!`], each with what else is to be said of it.
-fn list(entries: impl Iterator<Item = (Key, String)>) -> String {
+pub(super) fn list(entries: impl Iterator<Item = (Key, String)>) -> String {
     let mut list = String::from("[");
     for (key, rest) in entries {
         let separator = if list.len() > 1 { "," } else { "" };
@@ -359,207 +356,55 @@ impl Call for Renew<'_> {
 /// Removes some rows that are over.
 pub(super) struct Sweep(pub(super) usize);
 
-impl Call for Sweep {
-    type Answer = usize;
-
-    /// Skips what others hold locked: another sweeper, a claim, or a handler's transaction. Rows
-    /// that this release does not understand stay, whatever they seem to say of their time.
-    async fn run(&self, connection: &mut MySqlConnection) -> Result<usize, Failure> {
-        let mut transaction = connection.begin().await?;
-        let rows = sqlx::query(concat!(
-            "SELECT record_key FROM idem_records FORCE INDEX (idem_records_kept_until)
-             WHERE kept_until <= ",
-            now!(),
-            " AND format BETWEEN 1 AND ? AND state <= 3 AND valid_until <= kept_until
-             ORDER BY kept_until LIMIT ?
-             FOR UPDATE SKIP LOCKED"
-        ))
-        .bind(FORMAT)
-        .bind(self.0 as u64)
-        .fetch_all(&mut *transaction)
-        .await?;
-        let keys: Vec<_> = rows.iter().flat_map(key_of).collect();
-        let list = list(keys.iter().map(|key| (*key, String::new())));
-        let removed = sqlx::query(concat!("DELETE existing FROM ", listed!()))
-            .bind(&list)
-            .execute(&mut *transaction)
-            .await?;
-        transaction.commit().await?;
-        Ok(usize::try_from(removed.rows_affected()).unwrap_or(usize::MAX))
-    }
+/// What a sweep came to.
+pub(super) struct Swept {
+    /// How many rows it removed.
+    pub(super) removed: usize,
+    /// Whether there may be more.
+    pub(super) more: bool,
 }
 
-/// Rows whose owner holds the claim, as far as anybody knows.
-macro_rules! leased {
+/// Rows that are over, and that this release understands: others stay, whatever they seem to say of
+/// their time.
+macro_rules! over {
     () => {
-        concat!("(state = 1 AND lease_end > ", now!(), ")")
+        concat!(
+            "kept_until <= ",
+            now!(),
+            " AND format BETWEEN 1 AND ? AND state <= 3 AND valid_until <= kept_until"
+        )
     };
 }
 
-/// Finds a record by its operation.
-pub(super) struct Find<'a>(pub(super) &'a OperationId);
+impl Call for Sweep {
+    type Answer = Swept;
 
-impl Call for Find<'_> {
-    type Answer = Option<Record>;
-
-    async fn run(&self, connection: &mut MySqlConnection) -> Result<Option<Record>, Failure> {
-        let row = sqlx::query(concat!(
-            "SELECT ",
-            columns!(),
-            ", payload, ",
-            now!(),
-            " AS read_at FROM idem_records WHERE operation_id = ? LIMIT 1"
-        ))
-        .bind(&self.0.as_bytes()[..])
-        .fetch_optional(connection)
-        .await?;
-        let Some(Loaded { row, now, .. }) = row.map(|row| decode(&row)).transpose()? else {
-            return Ok(None);
-        };
-        Ok(found(Some(&row), FORMAT, now)?.map(|row| row.record(now)))
-    }
-}
-
-/// Lists records.
-pub(super) struct List<'a>(pub(super) &'a Listing);
-
-impl Call for List<'_> {
-    type Answer = Page;
-
-    async fn run(&self, connection: &mut MySqlConnection) -> Result<Page, Failure> {
-        let listing = self.0;
-        let limit = listing.limit.max(1);
-        let statement = format!(
-            concat!(
-                "SELECT ",
-                columns!(),
-                ", x'' AS payload, ",
-                now!(),
-                " AS read_at FROM idem_records
-                 WHERE kept_until > ",
-                now!(),
-                " AND (created > ? OR created = ? AND record_key > ?)
-                   AND (? OR scope = ?)
-                   AND {}
-                 ORDER BY created, record_key LIMIT ?"
-            ),
-            condition(listing.kind),
-        );
-        // Nothing was made before that, and a key of zeros may have been made then.
-        let beginning = Place { created: Millis::MIN, key: Key::from_bytes([0; 32]) };
-        let after = listing.after.unwrap_or(beginning);
-        let scope = listing.scope.as_ref().map_or(&[][..], |scope| &scope.as_bytes()[..]);
-        let rows = sqlx::query(sqlx::AssertSqlSafe(statement))
-            .bind(after.created)
-            .bind(after.created)
-            .bind(&after.key.as_bytes()[..])
-            .bind(listing.scope.is_none())
-            .bind(scope)
-            // One more, which says whether there is another page.
-            .bind((limit as u64).saturating_add(1))
-            .fetch_all(connection)
-            .await?;
-        let mut records = Vec::with_capacity(rows.len().min(limit));
-        for row in rows.iter().take(limit) {
-            match decode(row) {
-                Ok(Loaded { row, now, .. }) => records.push(row.record(now)),
-                Err(kind) => tracing::warn!(key = ?place(row)?.key, "not listed: {kind}"),
-            }
-        }
-        let next = match rows.get(limit) {
-            Some(_) => rows.get(limit - 1).map(place).transpose()?,
-            None => None,
-        };
-        Ok(Page { records, next })
-    }
-}
-
-/// What [`Kind::covers`] says, of rows that are kept.
-const fn condition(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Any => "TRUE",
-        Kind::Running => leased!(),
-        Kind::Unsettled => concat!("(state = 2 OR state = 1 AND lease_end <= ", now!(), ")"),
-        Kind::Tombstones => "state = 3 AND flags & 1",
-    }
-}
-
-/// The place of a row that was listed.
-fn place(row: &MySqlRow) -> Result<Place, Failure> {
-    let key = key_of(row).map_err(|()| StoreErrorKind::Corrupt)?;
-    Ok(Place { created: row.try_get("created")?, key })
-}
-
-/// Removes the record of a key, unless its lease is alive.
-pub(super) struct PurgeKey<'a>(pub(super) &'a Key);
-
-impl Call for PurgeKey<'_> {
-    type Answer = Purged;
-
-    async fn run(&self, connection: &mut MySqlConnection) -> Result<Purged, Failure> {
-        let removed = sqlx::query(concat!(
-            "DELETE FROM idem_records WHERE record_key = ? AND NOT ",
-            leased!()
-        ))
-        .bind(&self.0.as_bytes()[..])
-        .execute(&mut *connection)
-        .await?;
-        if removed.rows_affected() > 0 {
-            return Ok(Purged { removed: 1, running: 0 });
-        }
-        let running: i64 =
-            sqlx::query_scalar("SELECT COUNT(*) FROM idem_records WHERE record_key = ?")
-                .bind(&self.0.as_bytes()[..])
-                .fetch_one(connection)
-                .await?;
-        Ok(Purged { removed: 0, running: usize::try_from(running).unwrap_or(usize::MAX) })
-    }
-}
-
-/// Removes some records of a scope, but for those whose lease is alive.
-pub(super) struct PurgeScope<'a> {
-    pub(super) scope: &'a ScopeDigest,
-    pub(super) limit: usize,
-}
-
-impl Call for PurgeScope<'_> {
-    type Answer = Purged;
-
-    async fn run(&self, connection: &mut MySqlConnection) -> Result<Purged, Failure> {
-        // Found without a lock, since to read through the table takes its time, and looked at again
-        // by the statement that removes them.
+    /// One statement finds the rows, and passes over what others hold locked, for as long as a
+    /// handler's transaction perhaps; another one removes them. No transaction is around the two:
+    /// a process that is suspended in the middle would stop the claims of all others.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Swept, Failure> {
         let rows = sqlx::query(concat!(
-            "SELECT record_key FROM idem_records WHERE scope = ? AND NOT ",
-            leased!(),
-            " LIMIT ?"
+            "SELECT record_key FROM idem_records FORCE INDEX (idem_records_kept_until) WHERE ",
+            over!(),
+            " ORDER BY kept_until LIMIT ? FOR UPDATE SKIP LOCKED"
         ))
-        .bind(&self.scope.as_bytes()[..])
-        .bind(self.limit as u64)
+        .bind(FORMAT)
+        .bind(self.0 as u64)
         .fetch_all(&mut *connection)
         .await?;
-        let keys: Vec<_> = rows.iter().flat_map(key_of).collect();
-        let list = list(keys.iter().map(|key| (*key, String::new())));
-        let removed = sqlx::query(concat!(
-            "DELETE existing FROM ",
-            listed!(),
-            " WHERE scope = ? AND NOT ",
-            leased!()
-        ))
-        .bind(&list)
-        .bind(&self.scope.as_bytes()[..])
-        .execute(&mut *connection)
-        .await?;
-        let removed = usize::try_from(removed.rows_affected()).unwrap_or(usize::MAX);
-        if keys.len() == self.limit {
-            return Ok(Purged { removed, running: 0 });
-        }
-        let running: i64 = sqlx::query_scalar(concat!(
-            "SELECT COUNT(*) FROM idem_records WHERE scope = ? AND ",
-            leased!()
-        ))
-        .bind(&self.scope.as_bytes()[..])
-        .fetch_one(connection)
-        .await?;
-        Ok(Purged { removed, running: usize::try_from(running).unwrap_or(usize::MAX) })
+        let mut keys: Vec<_> = rows.iter().flat_map(key_of).collect();
+        keys.sort_unstable();
+        let removed = sqlx::query(concat!("DELETE existing FROM ", listed!(), " WHERE ", over!()))
+            .bind(list(keys.into_iter().map(|key| (key, String::new()))))
+            .bind(FORMAT)
+            .execute(connection)
+            .await?;
+        Ok(Swept { removed: count(removed.rows_affected()), more: rows.len() == self.0 })
     }
 }
+
+pub(super) fn count(rows: u64) -> usize {
+    usize::try_from(rows).unwrap_or(usize::MAX)
+}
+
+pub(super) use listed;

@@ -18,9 +18,16 @@ impl Call for CreateSchema {
         // and whoever dies on the way leaves the rest to the next one.
         let lock = "SELECT GET_LOCK(LEFT(CONCAT('idem_schema.', DATABASE()), 64), 4)";
         let locked: Option<i64> = sqlx::query_scalar(lock).fetch_one(&mut *connection).await?;
-        if locked != Some(1) {
-            let what = "another process has been creating the tables for too long";
-            return Err(Failure::told(StoreErrorKind::TimedOut, what));
+        match locked {
+            Some(1) => {}
+            Some(_) => {
+                let what = "another process has been creating the tables for too long";
+                return Err(Failure::told(StoreErrorKind::TimedOut, what));
+            }
+            None => {
+                let what = "the connections have no database (the URL names none)";
+                return Err(Failure::told(StoreErrorKind::Refused, what));
+            }
         }
         let created = create(connection).await;
         let unlock = "DO RELEASE_LOCK(LEFT(CONCAT('idem_schema.', DATABASE()), 64))";

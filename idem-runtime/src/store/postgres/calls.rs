@@ -8,25 +8,22 @@
 //! statement tells of a refusal, however, is the row of its snapshot; where the two disagree,
 //! somebody was faster, and the call is made again ([`Call::once`] answers `None`).
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, HashSet};
 
-use bytes::Bytes;
 use sqlx::{
     PgConnection, Postgres, Row as _,
     postgres::{PgArguments, PgRow},
     query::Query,
 };
 
+use super::rows::{bytes, decode, now, record_of};
 use crate::{
     decision::{Decision, OnUnknown, decide},
-    key::{Key, OperationId, ScopeDigest, Token},
+    key::{Key, Token},
     record::{FORMAT, Fingerprint, Flags, Record, State, Ttl},
     store::{
         Checkpoint, Claim, Claimed, Completion, Issue, Renewal, StoreErrorKind, Written,
-        clock::{Millis, end_of},
+        clock::end_of,
         row::{Row, found},
     },
 };
@@ -72,13 +69,14 @@ pub(super) struct Session<'c> {
 }
 
 impl Session<'_> {
-    /// All rows of a statement.
+    /// All rows of a statement that is a rare one: it is planned anew each time, for the table as it
+    /// has become.
     pub(super) async fn rows(
         self,
         query: Query<'_, Postgres, PgArguments>,
     ) -> Result<Vec<PgRow>, sqlx::Error> {
         mark!("postgres.leased.rows.before");
-        let rows = query.persistent(self.prepares).fetch_all(self.connection).await;
+        let rows = query.persistent(false).fetch_all(self.connection).await;
         mark!("postgres.leased.rows.answered");
         rows
     }
@@ -527,8 +525,8 @@ impl Call for Sweep {
     type Answer = usize;
 
     async fn once(&self, session: Session<'_>) -> Result<Option<usize>, Fault> {
-        // What somebody else is removing or claiming is left to them. A row that was claimed since
-        // is found under its new place or not at all, and is not over.
+        // What somebody else is removing or claiming just now is left to them. A row that was claimed
+        // a moment before is looked at again once it is locked.
         let query = sqlx::query(
             "WITH now AS MATERIALIZED (
                  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms
@@ -579,72 +577,4 @@ fn written(
         Some(row) if held(row) => None,
         Some(row) => Some(Written::Fenced(row.record(now))),
     })
-}
-
-/// The record of a row that may be there, as this release reads it.
-pub(super) fn record_of(row: Option<PgRow>) -> Result<Option<Record>, Fault> {
-    let Some(row) = row else { return Ok(None) };
-    let (now, row) = (now(&row)?, decode(&row)?);
-    Ok(found(Some(&row), FORMAT, now)?.map(|row| row.record(now)))
-}
-
-/// What time it was for the statement.
-pub(super) fn now(row: &PgRow) -> Result<Millis, sqlx::Error> {
-    row.try_get("ms")
-}
-
-/// Reads a row back. What a newer release wrote may be different in any respect, so that failing to
-/// understand it says nothing of its health.
-pub(super) fn decode(row: &PgRow) -> Result<Row, Fault> {
-    let format = u16::try_from(row.try_get::<i32, _>("format")?);
-    let format = format.map_err(|_| StoreErrorKind::Corrupt)?;
-    fields(format, row).map_err(|_| {
-        let newer = format > FORMAT;
-        Fault::Record(if newer { StoreErrorKind::Newer } else { StoreErrorKind::Corrupt })
-    })
-}
-
-fn fields(format: u16, row: &PgRow) -> Result<Row, sqlx::Error> {
-    Ok(Row {
-        key: Key::from_bytes(bytes(row, "key")?),
-        scope: ScopeDigest::from_bytes(bytes(row, "scope")?),
-        operation: Arc::from(row.try_get::<&str, _>("operation")?),
-        operation_id: OperationId::from_bytes(bytes(row, "operation_id")?),
-        state: state(row.try_get("state")?)?,
-        fingerprint: Fingerprint {
-            scheme: row.try_get::<String, _>("scheme")?.into(),
-            digest: bytes(row, "fingerprint")?,
-        },
-        token: Token::from_bytes(bytes(row, "token")?),
-        attempt: number(row, "attempt")?,
-        lease_end: row.try_get("lease_end")?,
-        valid_until: row.try_get("valid_until")?,
-        kept_until: row.try_get("kept_until")?,
-        created: row.try_get("created")?,
-        format,
-        flags: Flags::from_bits(number(row, "flags")?),
-        payload: Bytes::from(row.try_get::<Vec<u8>, _>("payload")?),
-    })
-}
-
-pub(super) fn bytes<const N: usize>(row: &PgRow, name: &str) -> Result<[u8; N], sqlx::Error> {
-    let bytes: &[u8] = row.try_get(name)?;
-    bytes.try_into().map_err(|error| sqlx::Error::Decode(Box::new(error)))
-}
-
-fn number<T: TryFrom<i32>>(row: &PgRow, name: &str) -> Result<T, sqlx::Error>
-where
-    T::Error: std::error::Error + Send + Sync + 'static,
-{
-    T::try_from(row.try_get(name)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
-}
-
-fn state(number: i16) -> Result<State, sqlx::Error> {
-    match number {
-        0 => Ok(State::Issued),
-        1 => Ok(State::Running),
-        2 => Ok(State::Released),
-        3 => Ok(State::Completed),
-        _ => Err(sqlx::Error::Decode("no such state".into())),
-    }
 }

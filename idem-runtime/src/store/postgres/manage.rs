@@ -5,7 +5,8 @@ use sqlx::{Row as _, postgres::PgRow};
 
 use super::{
     PostgresStore, SWEPT_AT_ONCE,
-    calls::{self, Call, Fault, Session},
+    calls::{Call, Fault, Session},
+    rows::{bytes, decode, now, record_of},
 };
 use crate::{
     key::{Key, OperationId, ScopeDigest},
@@ -28,7 +29,7 @@ impl Call for OperationId {
              LIMIT 1",
         )
         .bind(self.as_bytes());
-        calls::record_of(session.row(query).await?).map(Some)
+        record_of(session.row(query).await?).map(Some)
     }
 }
 
@@ -69,8 +70,8 @@ impl Call for Listing {
         let rows = session.rows(query).await?;
         let mut records = Vec::with_capacity(rows.len().min(limit));
         for row in rows.iter().take(limit) {
-            match calls::decode(row) {
-                Ok(record) => records.push(record.summary(calls::now(row)?)),
+            match decode(row) {
+                Ok(record) => records.push(record.summary(now(row)?)),
                 Err(_) => tracing::warn!(key = ?place(row)?.key, "a damaged record is not listed"),
             }
         }
@@ -84,7 +85,7 @@ impl Call for Listing {
 
 /// The place of a row that was listed.
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
-    Ok(Place { created: row.try_get("created")?, key: Key::from_bytes(calls::bytes(row, "key")?) })
+    Ok(Place { created: row.try_get("created")?, key: Key::from_bytes(bytes(row, "key")?) })
 }
 
 /// To remove the record of a key.

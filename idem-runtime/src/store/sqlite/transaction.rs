@@ -85,6 +85,12 @@ impl Handlers {
         done.map(drop).map_err(|error| failure(error).error())
     }
 
+    /// Finds out that the transaction is still the one that began, which has this savepoint: a
+    /// handler may have ended it, which nobody else may.
+    async fn check(&mut self) -> Result<(), StoreError> {
+        self.execute("RELEASE idem_effects").await
+    }
+
     async fn roll_back(self) -> Result<(), StoreError> {
         self.open.rollback().await.map_err(|error| failure(error).error())
     }
@@ -175,6 +181,7 @@ impl Transaction for Handlers {
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
+            self.check().await?;
             let now = self.store.clock.now();
             let Some((row, _)) = &mut self.claimed else { return Ok(Written::Gone) };
             match row.complete(completion, now) {
@@ -189,8 +196,14 @@ impl Transaction for Handlers {
         })
     }
 
-    fn commit(self: Box<Self>) -> BoxFuture<'static, Result<(), StoreError>> {
-        async move { self.open.commit().await.map_err(|error| failure(error).error()) }.boxed()
+    fn commit(mut self: Box<Self>) -> BoxFuture<'static, Result<(), StoreError>> {
+        Box::pin(async move {
+            // With a claim, its completion has done so.
+            if self.claimed.is_none() {
+                self.check().await?;
+            }
+            self.open.commit().await.map_err(|error| failure(error).error())
+        })
     }
 
     fn roll_back(self: Box<Self>) -> BoxFuture<'static, Result<(), StoreError>> {

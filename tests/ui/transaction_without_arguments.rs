@@ -1,10 +1,10 @@
 use axum::{Router, routing::post};
 use idem_runtime::{Idempotency, idempotent};
 
-// Transactional handlers are not built yet.
+// There is nothing to commit, nor anything that it could be.
 #[idempotent(anchor = header("Idempotency-Key"), transaction)]
-async fn pay(body: String) -> String {
-    body
+async fn pay() -> String {
+    String::new()
 }
 
 fn main() {
