@@ -34,6 +34,7 @@
 //! | `sqlite` | the embedded durable store, `store::SqliteStore`, on a bundled SQLite |
 //! | `mysql` | `store::MySqlStore`, which many processes share, on MySQL or MariaDB |
 //! | `postgres` | `store::PostgresStore`, which many processes share |
+//! | `marks` | places at which idem's own tests kill a process; no part of what idem promises |
 //! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
 //! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) and [`Manage`](store::Manage) traits as public tests |
 //!

@@ -11,12 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use reqwest::Client;
 use tests::ledger::Effect;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, ChildStdout, Command},
+    task::JoinSet,
     time::{sleep, timeout},
 };
 
@@ -27,8 +29,8 @@ const LEASE: Duration = Duration::from_secs(3);
 /// Beyond this a request is not answered, or a mark not reached.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PROCESSES: usize = 3;
-/// Many, since whoever is struck by a kill waits for the end of a lease.
-const CLIENTS: usize = 20;
+/// At once. Many, since whoever is struck by a kill waits for the end of a lease.
+const CLIENTS: usize = 100;
 
 /// What has happened.
 #[derive(Debug)]
@@ -157,15 +159,19 @@ impl Fleet {
                 tokio::spawn(async move { fleet.keep_up(slot).await })
             })
             .collect();
-        let clients: Vec<_> = (0..CLIENTS)
-            .map(|client| {
-                let fleet = Arc::clone(self);
-                tokio::spawn(async move { fleet.go_on_asking(client).await })
-            })
-            .collect();
-        for client in clients {
-            client.await.expect("no panic");
+        let (mut rng, mut clients) = (StdRng::seed_from_u64(self.seed), JoinSet::new());
+        let mut count = 0;
+        while self.dying.load(Ordering::Relaxed) > 0 {
+            count += 1;
+            let (fleet, rng_of_client) = (Arc::clone(self), StdRng::seed_from_u64(rng.random()));
+            clients.spawn(async move { fleet.pay(rng_of_client, count).await });
+            sleep(Duration::from_millis(rng.random_range(10..40))).await;
+            while clients.len() > CLIENTS {
+                clients.join_next().await.expect("a client").expect("no panic");
+            }
         }
+        // With the panics of those that had one.
+        clients.join_all().await;
         self.ask_everybody().await;
         // Their processes end with them.
         slots.iter().for_each(tokio::task::JoinHandle::abort);
@@ -226,32 +232,26 @@ impl Fleet {
         false
     }
 
-    /// One payment after the other, until all who are to die have died.
-    async fn go_on_asking(&self, client: usize) {
-        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_add(1 + client as u64));
-        let mut count = 0;
-        while self.dying.load(Ordering::Relaxed) > 0 {
-            count += 1;
-            let way = self.way(&mut rng);
-            let key = format!("{}-{client}-{count}-{:08x}", self.promise.name(), self.seed as u32);
-            if way == "voucher" {
-                self.ask_until_answered(&mut rng, &key, way, "/vouchers").await;
-            }
-            let path = if way == "voucher" { "/redemptions" } else { "/payments" };
-            // A flaw is to be found in little time.
-            if self.flaw.is_some() || rng.random_ratio(1, 4) {
-                let mut other = StdRng::seed_from_u64(rng.random());
-                tokio::join!(
-                    self.ask_until_answered(&mut rng, &key, way, path),
-                    self.ask_until_answered(&mut other, &key, way, path),
-                );
-            } else {
-                self.ask_until_answered(&mut rng, &key, way, path).await;
-            }
-            if rng.random_ratio(1, 2) {
-                self.ask_until_answered(&mut rng, &key, way, path).await;
-            }
-            sleep(Duration::from_millis(rng.random_range(0..20))).await;
+    /// A client has one payment made, and now and then asks twice.
+    async fn pay(&self, mut rng: StdRng, number: u32) {
+        let way = self.way(&mut rng);
+        let key = format!("{}-{number}-{:08x}", self.promise.name(), self.seed as u32);
+        if way == "voucher" {
+            self.ask_until_answered(&mut rng, &key, way, "/vouchers").await;
+        }
+        let path = path(way);
+        // A flaw is to be found in little time.
+        if self.flaw.is_some() || rng.random_ratio(1, 4) {
+            let mut other = StdRng::seed_from_u64(rng.random());
+            tokio::join!(
+                self.ask_until_answered(&mut rng, &key, way, path),
+                self.ask_until_answered(&mut other, &key, way, path),
+            );
+        } else {
+            self.ask_until_answered(&mut rng, &key, way, path).await;
+        }
+        if rng.random_ratio(1, 2) {
+            self.ask_until_answered(&mut rng, &key, way, path).await;
         }
     }
 
@@ -300,7 +300,7 @@ impl Fleet {
                     return;
                 }
             }
-            sleep(Duration::from_millis(rng.random_range(20..80))).await;
+            sleep(Duration::from_millis(rng.random_range(40..120))).await;
         }
     }
 
@@ -323,9 +323,10 @@ impl Fleet {
     async fn ask_everybody(&self) {
         let keys: Vec<_> = {
             let stories = self.stories.lock().expect("a lock");
-            stories.iter().map(|(key, story)| (key.clone(), story.way.clone())).collect()
+            let recorded = stories.iter().filter(|(_, story)| story.way != "declined");
+            recorded.map(|(key, story)| (key.clone(), story.way.clone())).collect()
         };
-        for slot in &self.serving {
+        join_all(self.serving.iter().map(async |slot| {
             let start = Instant::now();
             let serving = loop {
                 if let Some(serving) = slot.lock().expect("a lock").clone() {
@@ -335,14 +336,19 @@ impl Fleet {
                 sleep(Duration::from_millis(10)).await;
             };
             for (key, way) in &keys {
-                let path = if way == "voucher" { "/redemptions" } else { "/payments" };
-                let answer = self.ask(&serving, key, way, path).await.expect("an answer");
+                let answer = self.ask(&serving, key, way, path(way)).await.expect("an answer");
                 let mut stories = self.stories.lock().expect("a lock");
                 let story = stories.get_mut(key).expect("a story");
                 let settled = answer.is_replay || answer.code() == Some("unknown_outcome");
-                story.runs_at_the_end |= way != "declined" && !settled;
+                story.runs_at_the_end |= !settled;
                 story.answers.push(answer);
             }
-        }
+        }))
+        .await;
     }
+}
+
+/// Where such orders go.
+fn path(way: &str) -> &'static str {
+    if way == "voucher" { "/redemptions" } else { "/payments" }
 }
