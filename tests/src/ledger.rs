@@ -86,7 +86,7 @@ books! {
 const CREATE: &str = "CREATE TABLE IF NOT EXISTS effects (line VARCHAR(500) NOT NULL)";
 const ALL: &str = "SELECT line FROM effects";
 #[cfg(feature = "servers")]
-const LIST: &str = "effects";
+const LIST: &str = "idem-test-effects";
 
 /// A connection to the effects, and to the records beside them.
 #[derive(Clone)]
@@ -153,7 +153,7 @@ impl Ledger {
         }
     }
 
-    /// Creates the tables of the effects and of the records.
+    /// Creates the tables of the effects and of the records; a list of effects begins anew.
     pub async fn create(&self) {
         match self {
             Self::Sqlite(pool, _) => {
@@ -173,7 +173,15 @@ impl Ledger {
                 store.create_schema().await.expect("tables");
             }
             #[cfg(feature = "servers")]
-            Self::Redis(..) | Self::Cluster(..) => {}
+            Self::Redis(connection, _) => {
+                let drop = redis::Cmd::del(LIST).exec_async(&mut connection.clone()).await;
+                drop.expect("no list");
+            }
+            #[cfg(feature = "servers")]
+            Self::Cluster(connection, _) => {
+                let drop = redis::Cmd::del(LIST).exec_async(&mut connection.clone()).await;
+                drop.expect("no list");
+            }
         }
     }
 
