@@ -391,19 +391,30 @@ impl Shared {
     /// Records what an attempt has come to so far.
     pub(crate) async fn checkpoint(&self, checkpoint: &Checkpoint) -> Result<Written, StoreError> {
         let give_up = later(Instant::now(), self.limits.record_wait);
-        self.persist(give_up, || self.store.checkpoint(checkpoint)).await
+        mark!("leased.checkpoint.before");
+        let sent = || mark!("leased.checkpoint.sent" => self.store.checkpoint(checkpoint));
+        let written = self.persist(give_up, sent).await;
+        mark!("leased.checkpoint.answered");
+        written
     }
 
     /// Hands a key out.
     pub(crate) async fn issue(&self, issue: &Issue) -> Result<Written, StoreError> {
         let give_up = later(Instant::now(), self.limits.record_wait);
-        self.persist(give_up, || self.store.issue(issue)).await
+        mark!("issue.before");
+        let written =
+            self.persist(give_up, || mark!("issue.sent" => self.store.issue(issue))).await;
+        mark!("issue.answered");
+        written
     }
 
     /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
     pub(crate) async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
         let since = Instant::now();
-        match self.ask(self.store.claim(claim)).await {
+        mark!("leased.claim.before");
+        let answer = self.ask(mark!("leased.claim.sent" => self.store.claim(claim))).await;
+        mark!("leased.claim.answered");
+        match answer {
             Err(error)
                 if error.kind().is_transient() && since.elapsed() < self.limits.store_timeout =>
             {
@@ -447,6 +458,7 @@ impl Shared {
         if must_yield {
             tokio::task::yield_now().await;
         }
+        mark!("leased.held");
         let fingerprint = claim.fingerprint.clone();
         let leased = Leased {
             held,
@@ -641,6 +653,7 @@ impl Run {
     pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
         let Self { hold, operation, enforced, attempt } = self;
         attempt.begin_to_end();
+        mark!("run.ending");
         let (shared, (ended, outcome, error)) = match hold {
             Hold::Lease(leased) => {
                 let shared = Arc::clone(&leased.held.shared);
@@ -657,6 +670,7 @@ impl Run {
             _ => outcome,
         };
         shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
+        mark!("run.ended");
         (ended, outcome)
     }
 
@@ -707,7 +721,9 @@ impl Leased {
         let written = match end {
             End::Complete(payload, ttl) => {
                 let whole = self.completion(Flags::NONE, payload, ttl);
-                match shared.persist(time_is_over, || shared.store.complete(&whole)).await {
+                mark!("leased.complete.before");
+                let sent = || mark!("leased.complete.sent" => shared.store.complete(&whole));
+                match shared.persist(time_is_over, sent).await {
                     Err(error) if error.kind() == StoreErrorKind::TooLarge => {
                         let payload = Answer::tombstone_of(&whole.payload);
                         let fact = self.completion(Flags::TOMBSTONE, payload, ttl);
@@ -724,13 +740,18 @@ impl Leased {
             // end of the lease says the same.
             End::Release => {
                 shared.leases.let_go(&token);
-                shared.persist(later(now, self.lease), || shared.store.release(&key, &token)).await
+                mark!("leased.release.before");
+                let sent = || mark!("leased.release.sent" => shared.store.release(&key, &token));
+                shared.persist(later(now, self.lease), sent).await
             }
             End::Forget => {
                 shared.leases.let_go(&token);
-                shared.persist(time_is_over, || shared.store.forget(&key, &token)).await
+                mark!("leased.forget.before");
+                let sent = || mark!("leased.forget.sent" => shared.store.forget(&key, &token));
+                shared.persist(time_is_over, sent).await
             }
         }?;
+        mark!("leased.end.answered");
         shared.waits.ended(&key);
         Ok(match written {
             Written::Done => Ended::Own,

@@ -254,12 +254,15 @@ async fn renew(shared: &Shared, renewals: &[Renewal]) {
     let since = Instant::now();
     let shortest = renewals.iter().map(|renewal| renewal.lease).min().unwrap_or_default();
     let at_most = shared.limits.store_timeout.min(shortest / RENEWALS_PER_LEASE);
-    let answer = match shared.ask_for(at_most, shared.store.renew(renewals)).await {
+    mark!("leased.renew.before");
+    let sent = mark!("leased.renew.sent" => shared.store.renew(renewals));
+    let answer = match shared.ask_for(at_most, sent).await {
         Ok(held) if held.len() != renewals.len() => {
             Err(StoreError::new("idem", StoreErrorKind::Refused))
         }
         answer => answer,
     };
+    mark!("leased.renew.answered");
     match answer {
         Ok(held) => {
             for (operation, attempt) in shared.leases.renewed(renewals, &held, since) {

@@ -38,10 +38,15 @@
 //! | `postgres` | `store::PostgresStore`, which many processes share, on PostgreSQL |
 //! | `mysql` | `store::MySqlStore`, which many processes share, on MySQL or MariaDB |
 //! | `redis` | `store::RedisStore`, which many processes share, on Redis, Valkey or Redis Cluster |
+//! | `marks` | places at which idem's own tests kill a process; no part of what idem promises |
 //! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
 //! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) and [`Manage`](store::Manage) traits as public tests |
 //!
 //! None is on by default; the memory store needs none.
+
+#[doc(hidden)]
+#[macro_use]
+pub mod marks;
 
 #[doc(hidden)]
 pub mod __private;

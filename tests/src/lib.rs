@@ -5,6 +5,7 @@
 
 pub mod faults;
 pub mod history;
+pub mod ledger;
 pub mod server;
 #[cfg(feature = "servers")]
 pub mod servers;

@@ -198,11 +198,13 @@ impl Shared {
         let operation_id = OperationId::derived(&call.key, &call.fingerprint);
         let mut claim = call.claim(operation_id);
         for _ in 0..4 {
+            mark!("transaction.begin.before");
             // Its duplicates must not queue for connections, which owners may hold all of.
             let begun = match self.holds_in_transaction(&claim.key) {
                 true => Ok(Begun::Held),
-                false => self.ask(transact.begin(&claim)).await,
+                false => self.ask(mark!("transaction.begin.sent" => transact.begin(&claim))).await,
             };
+            mark!("transaction.begin.answered");
             let record = match begun {
                 Ok(Begun::Granted(transaction, record)) => {
                     return self.begun(call, claim, slot, transaction, &record).await;
@@ -273,6 +275,7 @@ impl Shared {
         if call.policy.waits() {
             self.listen();
         }
+        mark!("transaction.held");
         Admission::Run(Run {
             hold: Hold::Transaction(Box::new(held)),
             operation,
@@ -367,7 +370,10 @@ impl InTransaction {
             End::Tombstone(payload, ttl) => (Flags::TOMBSTONE, payload, ttl),
             // What did not commit did not happen.
             End::Release | End::Forget => {
-                let rolled_back = shared.ask(transaction.roll_back()).await;
+                mark!("transaction.roll_back.before");
+                let sent = mark!("transaction.roll_back.sent" => transaction.roll_back());
+                let rolled_back = shared.ask(sent).await;
+                mark!("transaction.roll_back.answered");
                 return (Ended::Own, Outcome::Forgotten, rolled_back.err());
             }
         };
@@ -378,6 +384,7 @@ impl InTransaction {
         {
             return failed(error);
         }
+        mark!("transaction.complete.before");
         let completion = Completion {
             key: self.key,
             token: self.token,
@@ -386,8 +393,9 @@ impl InTransaction {
             payload,
             format: FORMAT,
         };
-        match shared.ask(transaction.complete(&completion)).await {
-            Ok(Written::Done) => {}
+        let sent = mark!("transaction.complete.sent" => transaction.complete(&completion));
+        match shared.ask(sent).await {
+            Ok(Written::Done) => mark!("transaction.complete.answered"),
             Ok(Written::Fenced(record)) => {
                 let _ = shared.ask(transaction.roll_back()).await;
                 return self.overtaken(&record);
@@ -402,7 +410,9 @@ impl InTransaction {
             Flags::TOMBSTONE => Outcome::Tombstoned,
             _ => Outcome::Recorded,
         };
-        match shared.ask(transaction.commit()).await {
+        let committed = shared.ask(mark!("transaction.commit.sent" => transaction.commit())).await;
+        mark!("transaction.commit.answered");
+        match committed {
             Ok(()) => (Ended::Own, outcome, None),
             Err(error) if error.kind().is_transient() => {
                 self.after_a_lost_commit(outcome, error).await

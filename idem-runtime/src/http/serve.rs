@@ -149,9 +149,11 @@ impl Exchange {
             let unclaimed = Unclaimed::of(&shared, &policy, request.extensions_mut());
             return Opened::Unkeyed(Unkeyed::Plain(request, unclaimed));
         }
+        mark!("request.received");
         let (mut head, body) = request.into_parts();
         let (parameters, readable) = parameters(&mut head).await;
         let endpoint = endpoint(&head, &parameters, &policy.anchor);
+        mark!("request.head.read");
         let body = Content::Untouched(body);
         let mut exchange = Self { shared, policy, head, body, parameters, endpoint, state };
         if !readable {
@@ -174,6 +176,7 @@ impl Exchange {
             };
             return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
         }
+        mark!("request.read");
         Opened::Keyed(Box::new(exchange))
     }
 
@@ -260,6 +263,7 @@ impl Exchange {
     }
 
     fn render(&self, refusal: Refusal) -> Response {
+        mark!("refusal.before");
         let (outcome, operation_id) = (Outcome::Refused(refusal.kind()), refusal.operation_id());
         let mut response = refuse(&self.shared, &self.policy, refusal);
         say(&self.shared, &self.policy, &mut response, outcome, operation_id);
@@ -293,10 +297,14 @@ impl Exchange {
                 return unkeyed.conduct(runner).await;
             }
         };
+        mark!("request.keyed");
         let (shared, operation) = (Arc::clone(&self.shared), Arc::clone(&call.operation));
         let claimed = self.claim(call, runner).boxed();
         match FinishAnyway::new(shared, operation, claimed).await {
-            Conducted::Answered(response) => *response,
+            Conducted::Answered(response) => {
+                mark!("request.answered");
+                *response
+            }
             // Who waits has claimed nothing: a client that hangs up is gone at once.
             Conducted::Waits(waiting) => waiting.wait().await,
         }
@@ -344,6 +352,7 @@ impl Exchange {
         let shared = Arc::clone(&self.shared);
         let known = self.head.extensions.get::<Operation>();
         let outer = known.and_then(|known| known.claimed_further_out(&shared, &call.key));
+        mark!("request.claiming");
         let until = self.may_wait_until();
         let admission = match (outer, self.policy.transaction) {
             // One key has one record: the claim that this request has already protects this run, too.
@@ -450,7 +459,10 @@ impl Exchange {
             && self.policy.mode == Mode::Enforce
             && attempt.number > 1;
         let recover = self.policy.recover.filter(|_| is_asked)?;
-        Some(recover(self.context(operation)).await.0)
+        mark!("recover.before");
+        let recovered = recover(self.context(operation)).await.0;
+        mark!("recover.answered");
+        Some(recovered)
     }
 
     /// Asks the application what an earlier attempt came to, and whether this one may run; then
@@ -489,8 +501,10 @@ impl Exchange {
         // What is behind may claim for itself: a layer's handler, or a service that a handler calls.
         head.extensions.insert(operation.inner());
         let request = Request::from_parts(head, body.into_body());
+        mark!("handler.starting");
         match shared.carried(async move { runner(request).await }.boxed()).await? {
             Ran::Answered(response) => {
+                mark!("handler.returned");
                 let refused = response.extensions().get().map(|Refused(kind)| *kind);
                 // What a handler says of its answer holds for whoever claimed further out, too.
                 let said = response.extensions().get::<Settle>().copied();
@@ -507,6 +521,7 @@ impl Exchange {
                     run.keep_effects();
                 }
                 let (response, end) = weigh(&shared, &policy, response, settle).await;
+                mark!("response.weighed");
                 let by_handler = refused.is_none() && settle.fate == Fate::Forget;
                 Some(match end {
                     End::Forget if !by_handler && run.attempt.has_steps() => {
@@ -520,6 +535,7 @@ impl Exchange {
     }
 
     async fn run(mut self: Box<Self>, run: Run, runner: Runner) -> Response {
+        mark!("run.starting");
         let (shared, policy) = (Arc::clone(&self.shared), self.policy);
         let operation = Operation::of(&mut self.head.extensions);
         operation.grant(&run.attempt);
@@ -564,10 +580,12 @@ impl Exchange {
             Ended::Lost => (lost(operation_id), operation_id),
         };
         say(&shared, &policy, &mut response, outcome, Some(operation_id));
+        mark!("response.ready");
         response
     }
 
     fn replay(&self, recorded: Answer, operation_id: OperationId) -> Response {
+        mark!("replay.before");
         match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
                 let (outcome, id) = (Outcome::Replayed, Some(operation_id));

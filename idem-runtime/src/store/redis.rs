@@ -222,7 +222,9 @@ impl Shared {
     /// Has one step done to a record.
     async fn step(self: &Arc<Self>, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
         let name = self.name(key);
+        mark!("redis.step.before");
         let answer = within(self.patience(), self.connection.run(&step, &name)).await;
+        mark!("redis.step.answered");
         let answer = answer.inspect_err(|error| self.notice(error, &name))?;
         Answer::read(answer).map_err(failure)
     }
@@ -333,7 +335,9 @@ impl Shared {
         }
         let shared = Arc::clone(self);
         runtime.spawn(async move {
+            mark!("redis.note.before");
             let noted = within(shared.patience(), shared.connection.send(&note)).await;
+            mark!("redis.note.answered");
             if let Err(error) = noted {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, "an operation cannot be found by its id without a search");

@@ -21,7 +21,7 @@ use sqlx::{
 use tests::servers::{
     mariadb::{self, MariaDb},
     postgres,
-    proxy::{Fate, Proxy},
+    lost_commits::{Fate, Proxy},
 };
 use tower::ServiceExt;
 

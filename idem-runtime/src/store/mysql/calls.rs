@@ -62,11 +62,14 @@ impl<O: Opening> Call for Open<'_, O> {
             // From an instant 0 its times are spans.
             let (fresh, answer) = opening.on_nothing(0);
             let may_be_made = fresh.is_some();
+            mark!("mysql.insert.before");
             if let Some(row) = fresh
                 && insert(connection, &row).await?
             {
+                mark!("mysql.insert.answered");
                 return Ok(answer);
             }
+            mark!("mysql.leased.insert.refused");
             let loaded = load(connection, opening.key()).await?;
             let Some(Loaded { row: before, now, stamp }) = loaded else {
                 if may_be_made {
@@ -84,7 +87,9 @@ impl<O: Opening> Call for Open<'_, O> {
                 None => opening.on_nothing(now),
             };
             let Some(row) = row else { return Ok(answer) };
+            mark!("mysql.leased.claim.read");
             if replace(connection, stamp, &row).await? {
+                mark!("mysql.leased.claim.replaced");
                 return Ok(answer);
             }
         }
@@ -105,7 +110,9 @@ impl Call for Complete<'_> {
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
         let completion = self.0;
         loop {
+            mark!("mysql.leased.complete.before");
             if complete(connection, completion).await? {
+                mark!("mysql.leased.complete.answered");
                 return Ok(Written::Done);
             }
             let looked = look(connection, &completion.key, completion.format).await?;
@@ -204,6 +211,7 @@ impl Call for Change<'_> {
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Written, Failure> {
         loop {
             let looked = look(connection, self.key(), self.format()).await?;
+            mark!("mysql.leased.change.read");
             let Some(Loaded { mut row, now, stamp }) = looked else { return Ok(Written::Gone) };
             let done = match self.on_row(&mut row, now) {
                 Ended::Changed => replace(connection, stamp, &row).await?,
@@ -212,6 +220,7 @@ impl Call for Change<'_> {
                 Ended::Fenced => return Ok(Written::Fenced(row.record(now))),
             };
             if done {
+                mark!("mysql.leased.change.answered");
                 return Ok(Written::Done);
             }
         }

@@ -114,6 +114,7 @@ impl Open {
             }
             (ended, all_well)
         };
+        mark!("mysql.transaction.ended");
         if !all_well && self.lock.is_some() {
             // The pool tries whatever comes back, and closes what is broken.
             let kill = sqlx::raw_sql("KILL CONNECTION CONNECTION_ID()");
@@ -160,10 +161,12 @@ impl Handlers {
         // For sqlx it goes on, so that what the handler begins in it is a savepoint.
         let statements = format!("ROLLBACK; SELECT GET_LOCK('{lock}', 0)");
         let mut begun = Self::begin(store, Some(lock)).await?;
+        mark!("mysql.transaction.begun");
         let answered = sqlx::raw_sql(sqlx::AssertSqlSafe(statements))
             .fetch_all(begun.session()?)
             .await
             .map_err(failed)?;
+        mark!("mysql.transaction.locked");
         let got: Option<i64> = match answered.first() {
             Some(row) => row.try_get(0).map_err(failed)?,
             None => None,
@@ -238,6 +241,7 @@ impl Handlers {
     /// Writes the record, if it is as it was found; whether it was.
     async fn write(&mut self, completion: &Completion) -> Result<bool, StoreError> {
         let now = self.check().await?;
+        mark!("mysql.transaction.checked");
         let Some(Claimant { row, seen }) = &mut self.claimed else { return Ok(false) };
         let (mut row, seen) = (row.clone(), *seen);
         let from = if seen.is_some() { now } else { 0 };

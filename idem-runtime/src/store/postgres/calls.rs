@@ -77,7 +77,10 @@ impl Session<'_> {
         &mut self,
         query: Query<'_, Postgres, PgArguments>,
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        query.persistent(false).fetch_all(&mut *self.connection).await
+        mark!("postgres.leased.rows.before");
+        let rows = query.persistent(false).fetch_all(&mut *self.connection).await;
+        mark!("postgres.leased.rows.answered");
+        rows
     }
 
     /// The row of a statement that has one at the most.
@@ -85,7 +88,10 @@ impl Session<'_> {
         &mut self,
         query: Query<'_, Postgres, PgArguments>,
     ) -> Result<Option<PgRow>, sqlx::Error> {
-        query.persistent(self.prepares).fetch_optional(&mut *self.connection).await
+        mark!("postgres.row.before");
+        let row = query.persistent(self.prepares).fetch_optional(&mut *self.connection).await;
+        mark!("postgres.row.answered");
+        row
     }
 }
 

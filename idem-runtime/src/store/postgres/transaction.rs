@@ -109,7 +109,9 @@ impl Handlers {
     }
 
     async fn claim(mut self, claim: &Claim) -> Result<Begun, StoreError> {
+        mark!("postgres.transaction.begun");
         let looked = look(&mut self.session(), &claim.key).await?;
+        mark!("postgres.transaction.read");
         if looked.holder != hex(claim.token.as_bytes()) {
             self.roll_back().await?;
             return Ok(Begun::Held);

@@ -116,6 +116,7 @@ pub(super) fn push(shared: &Arc<Shared>, op: Op) -> Result<(), StoreError> {
         return Ok(());
     }
     drop(queue);
+    mark!("sqlite.queue.pushed");
     // Made before the task: a runtime that is shutting down drops the task without running it.
     let duty = Duty { shared: Arc::clone(shared), done: false };
     runtime.spawn(drain(duty));
@@ -164,6 +165,7 @@ async fn write(shared: &Shared, mut ops: Vec<Op>) {
     if ops.is_empty() {
         return;
     }
+    mark!("sqlite.queue.taken");
     let mut connection = match shared.pool.acquire().await {
         Ok(connection) => connection,
         Err(error) => return fail_all(ops, &failure(error)),
@@ -187,6 +189,7 @@ async fn write_on(connection: &mut SqliteConnection, clock: &Clock, ops: Vec<Op>
             return failure.kind == StoreErrorKind::TimedOut;
         }
     };
+    mark!("sqlite.batch.begun");
     let mut answers = Vec::with_capacity(ops.len());
     let mut ops = ops.into_iter();
     let mut applied = Ok(());
@@ -197,7 +200,9 @@ async fn write_on(connection: &mut SqliteConnection, clock: &Clock, ops: Vec<Op>
     }
     let (written, good) = match applied {
         Ok(()) => {
+            mark!("sqlite.batch.applied");
             let written = batch.commit().await;
+            mark!("sqlite.batch.committed");
             let good = written.is_ok();
             (written, good)
         }
@@ -209,6 +214,7 @@ async fn write_on(connection: &mut SqliteConnection, clock: &Clock, ops: Vec<Op>
     if let Err(failure) = &written {
         fail_all(ops, failure);
     }
+    mark!("sqlite.batch.answered");
     good
 }
 

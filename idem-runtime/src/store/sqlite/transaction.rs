@@ -75,6 +75,7 @@ impl Handlers {
         };
         let open = open.map_err(|error| failure(error).error())?;
         let mut begun = Self { store: Arc::clone(store), open, claimed: None };
+        mark!("sqlite.transaction.locked");
         begun.execute("SAVEPOINT idem_effects").await?;
         Ok(begun)
     }
@@ -121,7 +122,9 @@ impl Transact for SqliteStore {
             let Some(held) = HeldKey::new(&self.0, claim.key) else { return Ok(Begun::Held) };
             let mut begun = Handlers::begin(&self.0).await?;
             let now = self.0.clock.now();
-            let (row, claimed) = match begun.row(claim, now).await? {
+            let row = begun.row(claim, now).await?;
+            mark!("sqlite.transaction.read");
+            let (row, claimed) = match row {
                 Some(mut row) => {
                     let (changed, claimed) = claim.on_row(&mut row, now);
                     (changed.then_some(row), claimed)
@@ -186,6 +189,7 @@ impl Transaction for Handlers {
                 Ended::Changed | Ended::Already | Ended::Removed => {
                     let put = batch::put(&mut self.open, row).await;
                     put.map_err(|error| failure(error).error())?;
+                    mark!("sqlite.transaction.put");
                     Ok(Written::Done)
                 }
             }
