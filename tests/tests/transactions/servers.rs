@@ -19,9 +19,9 @@ use sqlx::{
     mysql::MySqlPoolOptions, postgres::PgPoolOptions,
 };
 use tests::servers::{
+    lost_commits::{Fate, Proxy},
     mariadb::{self, MariaDb},
     postgres,
-    lost_commits::{Fate, Proxy},
 };
 use tower::ServiceExt;
 
