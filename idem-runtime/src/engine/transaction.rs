@@ -67,6 +67,10 @@ impl fmt::Debug for Slot {
     }
 }
 
+#[cfg_attr(
+    not(any(feature = "mysql", feature = "postgres", feature = "sqlite")),
+    expect(dead_code, reason = "without a driver nobody can take a `Tx`")
+)]
 impl Slot {
     /// Says which connection the handler asks for, before or after the claim.
     pub(crate) fn ask<C: 'static>(&self) -> Result<(), WrongTransaction> {
