@@ -399,7 +399,9 @@ impl InTransaction {
         };
         let sent = mark!("transaction.complete.sent" => transaction.complete(&completion));
         match shared.ask(sent).await {
-            Ok(Written::Done) => mark!("transaction.complete.answered"),
+            Ok(Written::Done) => {
+                mark!("transaction.complete.answered");
+            }
             Ok(Written::Fenced(record)) => {
                 let _ = shared.ask(transaction.roll_back()).await;
                 return self.overtaken(&record);

@@ -269,7 +269,7 @@ async fn main() {
     };
     // A process that stands still hears nothing: its parent's end reaches it all the same.
     thread::spawn(|| {
-        let _ = std::io::stdin().read(&mut [0]);
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
         process::exit(0);
     });
 
