@@ -3,6 +3,7 @@
 //! | page | for whom |
 //! |---|---|
 //! | [getting started](getting_started) | has a payment API to protect this afternoon |
+//! | [choosing a store](choosing_a_store) | decides where records live: what each store guarantees, costs and takes |
 //! | [choosing anchor and scope](choosing_anchor_and_scope) | decides what a key is, whose it is, and how long it lives |
 //! | [what happens on a crash](what_happens_on_a_crash) | wants to know what a retry meets, at each moment, under each policy |
 //! | [recovering unknown outcomes](recovering_unknown_outcomes) | calls other services, and has to find out what they did |
@@ -12,8 +13,10 @@
 //! | [migrating] | comes from `axum-idempotent`, or from code of their own |
 //!
 //! What one option, method or type means in full stands with it: begin at
-//! [`#[idempotent]`](macro@crate::idempotent) and [`Builder`](crate::Builder). Which stores there are
-//! is said in [`store`](crate::store).
+//! [`#[idempotent]`](macro@crate::idempotent) and [`Builder`](crate::Builder).
+
+#[doc = include_str!("guide/choosing_a_store.md")]
+pub mod choosing_a_store {}
 
 #[doc = include_str!("guide/choosing_anchor_and_scope.md")]
 pub mod choosing_anchor_and_scope {}

@@ -209,6 +209,14 @@ impl Shared {
                 false => self.ask(mark!("transaction.begin.sent" => transact.begin(&claim))).await,
             };
             mark!("transaction.begin.answered");
+            // Who holds the key may only be reading it: what is completed is replayed to both.
+            let begun = match begun {
+                Ok(Begun::Held) => match self.completed(&claim.key).await {
+                    Some(record) => Ok(Begun::Found(record)),
+                    None => Ok(Begun::Held),
+                },
+                begun => begun,
+            };
             let record = match begun {
                 Ok(Begun::Granted(transaction, record)) => {
                     return self.begun(call, claim, slot, transaction, &record).await;
@@ -242,6 +250,12 @@ impl Shared {
             }
         }
         self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+    }
+
+    /// The record of a key, if its answer is committed.
+    async fn completed(&self, key: &Key) -> Option<Record> {
+        let record = self.ask(self.store.read(key)).await.ok().flatten();
+        record.filter(|record| record.state == State::Completed)
     }
 
     async fn begun(
