@@ -28,7 +28,8 @@ impl Idempotency {
     /// What operators do with records: find and list them, settle unknown outcomes, purge.
     ///
     /// It asks nobody whether they may: put it behind whatever protects the rest of your operators'
-    /// tools.
+    /// tools. Build the engine as the application's is built, with its secret and its seal: what is
+    /// settled through another one is not found, or not opened, by the application.
     pub const fn admin(&self) -> Admin<'_> {
         Admin { shared: &self.shared }
     }

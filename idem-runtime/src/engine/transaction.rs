@@ -85,7 +85,8 @@ impl Slot {
     fn fill(&self, transaction: Box<dyn Transaction>) -> Result<(), WrongTransaction> {
         let mut inside = self.lock();
         inside.transaction = Some(transaction);
-        inside.check()
+        // Whoever cannot use it must not keep its locks either.
+        inside.check().inspect_err(|_| drop(inside.transaction.take()))
     }
 
     /// Takes the transaction out, to use it.

@@ -67,7 +67,10 @@ use crate::{
 /// | record and commit | two round trips | three round trips | no network |
 ///
 /// Size the pool for the handlers that run at once: each has a connection for as long as it runs. A
-/// handler that needs another connection beside its `Tx` can wait for one that the others hold.
+/// handler that needs another connection beside its `Tx` can wait for one that the others hold. On
+/// SQLite it holds the lock that every other write of the engine needs: within it, do not issue keys,
+/// call a plain function of the same engine or a service with claims of its own, which would wait for
+/// it in vain; and keep it shorter than the shortest lease, since no lease is renewed meanwhile.
 ///
 /// **Isolation.** The transaction has the level that the connection has by default; it begins after
 /// the claim has been decided, so it cannot be changed for one handler by `SET TRANSACTION`, but for

@@ -11,13 +11,15 @@ use std::{
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use futures_util::StreamExt;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::timeout};
 
 use crate::{engine::Shared, key::Key, store::Signal};
 
 /// How soon a lost connection is made again, and how rarely at last.
 const FIRST_TRY: Duration = Duration::from_millis(100);
 const LAST_TRIES: Duration = Duration::from_secs(10);
+/// How long a connection is kept for an engine that is gone.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// What an engine knows of other processes.
 #[derive(Debug, Default)]
@@ -137,9 +139,15 @@ impl Ear {
             match listening {
                 Ok(mut signals) => {
                     left = pauses.build();
-                    while let Some(signal) = signals.next().await {
+                    loop {
+                        // Where nobody tells anything, it is seen now and then that nobody listens.
+                        let next = timeout(IDLE, signals.next()).await;
                         let Some(shared) = self.0.upgrade() else { return };
-                        shared.heard(signal);
+                        match next {
+                            Ok(Some(signal)) => shared.heard(signal),
+                            Ok(None) => break,
+                            Err(_) => {}
+                        }
                     }
                 }
                 Err(error) => {

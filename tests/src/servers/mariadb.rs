@@ -23,7 +23,7 @@ const RUN: &str = r#"
 install=$1 server=$2 directory=$3 port=$4
 shift 4
 [ -e "$directory/data/installed" ] || {
-    "$install" --no-defaults --datadir="$directory/data" --skip-test-db \
+    "$install" --no-defaults --datadir="$directory/data" --tmpdir="$directory" --skip-test-db \
         --auth-root-authentication-method=normal &&
         touch "$directory/data/installed"
 } || exit
