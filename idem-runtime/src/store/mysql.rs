@@ -69,8 +69,9 @@ const SWEPT_AT_ONCE: usize = 500;
 /// A claim on a fresh key is one statement and one round trip, and so is a completion. A claim that
 /// finds a record takes a second statement, which reads it, and a third if it is granted. Nothing
 /// is locked for longer than a statement, a claim that is refused writes nothing, and no connection
-/// is held while a handler runs. Time is the server's own (in UTC, so that no time zone and no
-/// change to summer time matters); of several servers, that of the one that takes the writes.
+/// is held while a handler runs, transactional ones aside. Time is the server's own (in UTC, so that
+/// no time zone and no change to summer time matters); of several servers, that of the one that
+/// takes the writes.
 ///
 /// A call is made again when the server gave up its statement for another one's sake (a deadlock)
 /// and when the connection turns out to be broken: all calls can be, since each goes by its

@@ -85,7 +85,8 @@ const SWEPT_AT_ONCE: usize = 500;
 /// which then should know:
 ///
 ///  - A claim, and later a completion, takes a connection for one statement; none is held while a
-///    handler runs. A handler that holds one itself needs another one to be free.
+///    handler runs, transactional ones aside. A handler that holds one itself needs another one to
+///    be free.
 ///  - `test_before_acquire`, which sqlx has on by default, costs each call one more round trip (a
 ///    fifth of the throughput on a fast network). Without it, a connection that has died is noticed
 ///    by the call that meets it, which then is made once more on one that was tried: every call can
