@@ -207,17 +207,20 @@ impl Shared {
             // Its duplicates must not queue for connections, which owners may hold all of.
             let begun = match self.holds_in_transaction(&claim.key) {
                 true => Ok(Begun::Held),
-                false => self.ask(mark!("transaction.begin.sent" => transact.begin(&claim))).await,
+                false => {
+                    let begun = self.ask(mark!("transaction.begin.sent" => transact.begin(&claim)));
+                    match begun.await {
+                        // Another process may only be reading it: what is completed is replayed to
+                        // both.
+                        Ok(Begun::Held) => {
+                            let completed = self.completed(&claim.key).await;
+                            Ok(completed.map_or(Begun::Held, Begun::Found))
+                        }
+                        begun => begun,
+                    }
+                }
             };
             mark!("transaction.begin.answered");
-            // Who holds the key may only be reading it: what is completed is replayed to both.
-            let begun = match begun {
-                Ok(Begun::Held) => match self.completed(&claim.key).await {
-                    Some(record) => Ok(Begun::Found(record)),
-                    None => Ok(Begun::Held),
-                },
-                begun => begun,
-            };
             let record = match begun {
                 Ok(Begun::Granted(transaction, record)) => {
                     return self.begun(call, claim, slot, transaction, &record).await;
