@@ -207,13 +207,11 @@ fn check(name: &str, count: u64, run: fn(&Schedule) -> Result<(), Violation>) {
 }
 
 #[test]
-#[ignore = "one schedule in some thousands differs since a suspended owner may answer as it did"]
 fn random_schedules_in_memory_follow_the_model() {
     check("memory", 6_000, on_memory);
 }
 
 #[test]
-#[ignore = "one schedule in some thousands differs since a suspended owner may answer as it did"]
 fn more_random_schedules_in_memory_follow_the_model() {
     check("memory", 6_000, on_memory);
 }

@@ -64,8 +64,10 @@ struct Run {
     effects: u32,
     /// How it ended, and its own answer.
     end: Option<(EndKind, Answer)>,
-    /// What the store said of that, and what the answer is to be.
-    written: Option<Answer>,
+    /// What the store last said of that, as the answer that is to be given.
+    told: Option<Answer>,
+    /// The same, once the owner has heard it: what is lost on the way, nobody can go by.
+    heard: Option<Answer>,
     finished_at: u64,
 }
 
@@ -254,6 +256,12 @@ impl Model {
                 Ok(())
             }
             Happened::Ended { token, kind, got } => self.ended(token, kind, got),
+            Happened::Heard { token } => {
+                if let Some(run) = self.runs.get_mut(&token) {
+                    run.heard = run.told.clone();
+                }
+                Ok(())
+            }
             Happened::RecoverAsked { request, attempt, id } => {
                 let recovers = self.rules.unknown == Unknown::Recover;
                 let asking = self.sent[request].asking;
@@ -406,7 +414,8 @@ impl Model {
                 started: false,
                 effects: 0,
                 end: None,
-                written: None,
+                told: None,
+                heard: None,
                 finished_at: lived,
             };
             self.runs.insert(token, run);
@@ -487,8 +496,7 @@ impl Model {
             }
         }
         if let Some(run) = self.runs.get_mut(&token) {
-            // If an answer was lost the call was made again, and the last answer counts.
-            run.written = Some(answer);
+            run.told = Some(answer);
         }
         Ok(())
     }
@@ -579,12 +587,12 @@ impl Model {
         let run = self.run(&token)?;
         let (_, own) = run.end.clone().ok_or("an answer before the handler had one")?;
         // Without its record it goes out only after a time.
-        let unrecorded = run.written.is_none();
+        let unrecorded = run.heard.is_none();
         must!(
             !unrecorded || self.lived >= run.finished_at + 2,
             "request {request} was answered before its record"
         );
-        let expected = run.written.clone().unwrap_or(own);
+        let expected = run.heard.clone().unwrap_or(own);
         let asking = self.sent[request].asking;
         let code = expected.code();
         let panicked = asking.behaviour == Behaviour::Panic && expected.status == 500;

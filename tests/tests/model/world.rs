@@ -79,14 +79,45 @@ impl Answer {
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub(crate) enum Happened {
-    Granted { key: Key, token: Token, attempt: u32, id: OperationId },
-    Renewed { token: Token, held: bool },
-    Ended { token: Token, kind: EndKind, got: Got },
-    RecoverAsked { request: usize, attempt: u32, id: OperationId },
-    Started { request: usize, attempt: u32, id: OperationId },
-    Effect { request: usize },
-    Finished { request: usize },
-    Answered { request: usize, answer: Answer },
+    Granted {
+        key: Key,
+        token: Token,
+        attempt: u32,
+        id: OperationId,
+    },
+    Renewed {
+        token: Token,
+        held: bool,
+    },
+    Ended {
+        token: Token,
+        kind: EndKind,
+        got: Got,
+    },
+    /// The owner has the store's answer to that.
+    Heard {
+        token: Token,
+    },
+    RecoverAsked {
+        request: usize,
+        attempt: u32,
+        id: OperationId,
+    },
+    Started {
+        request: usize,
+        attempt: u32,
+        id: OperationId,
+    },
+    Effect {
+        request: usize,
+    },
+    Finished {
+        request: usize,
+    },
+    Answered {
+        request: usize,
+        answer: Answer,
+    },
 }
 
 #[derive(Clone, Debug, Default)]
@@ -219,6 +250,65 @@ impl Store for Told {
     }
 }
 
+/// Tells which ends of claims an engine has its answers to, above the faults.
+#[derive(Clone, Debug)]
+struct Hearing {
+    store: Faulty,
+    log: Log,
+}
+
+impl Hearing {
+    async fn ended(
+        &self,
+        token: Token,
+        ending: impl Future<Output = Result<Written, StoreError>>,
+    ) -> Result<Written, StoreError> {
+        let written = ending.await;
+        if written.is_ok() {
+            self.log.push(Happened::Heard { token });
+        }
+        written
+    }
+}
+
+impl Store for Hearing {
+    fn claim<'a>(&'a self, claim: &'a Claim) -> Asked<'a, Claimed> {
+        self.store.claim(claim)
+    }
+
+    fn complete<'a>(&'a self, completion: &'a Completion) -> Asked<'a, Written> {
+        Box::pin(self.ended(completion.token, self.store.complete(completion)))
+    }
+
+    fn issue<'a>(&'a self, issue: &'a Issue) -> Asked<'a, Written> {
+        self.store.issue(issue)
+    }
+
+    fn checkpoint<'a>(&'a self, checkpoint: &'a Checkpoint) -> Asked<'a, Written> {
+        self.store.checkpoint(checkpoint)
+    }
+
+    fn release<'a>(&'a self, key: &'a Key, token: &'a Token) -> Asked<'a, Written> {
+        Box::pin(self.ended(*token, self.store.release(key, token)))
+    }
+
+    fn forget<'a>(&'a self, key: &'a Key, token: &'a Token) -> Asked<'a, Written> {
+        Box::pin(self.ended(*token, self.store.forget(key, token)))
+    }
+
+    fn renew<'a>(&'a self, claims: &'a [Renewal]) -> Asked<'a, Vec<bool>> {
+        self.store.renew(claims)
+    }
+
+    fn read<'a>(&'a self, key: &'a Key) -> Asked<'a, Option<Record>> {
+        self.store.read(key)
+    }
+
+    fn sweep(&self, limit: usize) -> Asked<'_, usize> {
+        self.store.sweep(limit)
+    }
+}
+
 /// What the handlers of a process know.
 #[derive(Clone, Debug)]
 struct App {
@@ -342,7 +432,7 @@ impl fmt::Debug for Process {
 pub(crate) struct World {
     rules: Rules,
     clock: ManualClock,
-    store: Faulty,
+    store: Hearing,
     pub(crate) faults: Faults,
     pub(crate) log: Log,
     running: Arc<AtomicUsize>,
@@ -354,6 +444,7 @@ impl World {
         let (log, running) = (Log::default(), Arc::default());
         let told = Told { store, log: log.clone(), running: Arc::clone(&running) };
         let (store, faults) = Faulty::over(told);
+        let store = Hearing { store, log: log.clone() };
         let mut world = Self { rules, clock, store, faults, log, running, processes: Vec::new() };
         world.processes = vec![world.process(), world.process()];
         world
