@@ -572,6 +572,7 @@ const fn refusal_of(error: &StoreError) -> RefusalKind {
     match error.kind() {
         StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
         StoreErrorKind::Newer | StoreErrorKind::Corrupt => RefusalKind::RecordUnreadable,
+        StoreErrorKind::Overloaded => RefusalKind::Busy,
         StoreErrorKind::Unreachable | StoreErrorKind::TimedOut | StoreErrorKind::Refused => {
             RefusalKind::StoreUnavailable
         }

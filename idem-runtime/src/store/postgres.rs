@@ -33,8 +33,9 @@ use tokio::{
 use self::calls::{Call, Fault, Forget, Numbered, Release, Session, Sweep};
 pub use self::schema::SchemaMismatch;
 use super::{
-    Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
+    Bundled, Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Transact, Wake, Written,
+    lanes::{Carrier, Lanes, carry},
 };
 use crate::{
     key::{Key, Token},
@@ -121,6 +122,7 @@ struct Shared {
     pool: PgPool,
     /// Whether connections may keep prepared statements.
     prepares: bool,
+    lanes: Lanes,
     /// Set once the tables were found to be those of this release.
     checked: OnceCell<()>,
 }
@@ -158,6 +160,11 @@ impl PostgresStore {
             ("jit", "off"),
             // Whoever called has given up by then.
             ("statement_timeout", "10s"),
+            // Who waits for a row holds up all that travel in the same statement; after that, each
+            // goes by itself.
+            ("lock_timeout", "1s"),
+            // The plan of a statement depends on nothing that is asked.
+            ("plan_cache_mode", "force_generic_plan"),
         ]);
         let trying = async {
             let mut connection = options.connect().await?;
@@ -181,7 +188,22 @@ impl PostgresStore {
 
     /// Keeps the records in a database of the application's, through its pool.
     pub fn new(pool: PgPool) -> Self {
-        Self::assemble(pool, true)
+        let lanes = pool.options().get_max_connections();
+        Self::assemble(pool, true, lanes)
+    }
+
+    /// The same records, with at most so many statements for claims and completions under way at
+    /// once: those beyond travel together.
+    ///
+    /// By default as many as pay, and no more than the pool has connections.
+    #[must_use]
+    pub fn with_lanes(self, at_most: u32) -> Self {
+        Self::assemble(self.0.pool.clone(), self.0.prepares, at_most)
+    }
+
+    /// How many calls have travelled together, since this store was made.
+    pub fn bundled(&self) -> Bundled {
+        self.0.lanes.bundled()
     }
 
     /// The same records through a pooler in transaction mode that knows nothing of prepared
@@ -191,11 +213,12 @@ impl PostgresStore {
     /// round trips.
     #[must_use]
     pub fn through_transaction_pooler(self) -> Self {
-        Self::assemble(self.0.pool.clone(), false)
+        Self::assemble(self.0.pool.clone(), false, self.0.lanes.most())
     }
 
-    fn assemble(pool: PgPool, prepares: bool) -> Self {
-        Self(Arc::new(Shared { pool, prepares, checked: OnceCell::new() }))
+    fn assemble(pool: PgPool, prepares: bool, lanes: u32) -> Self {
+        let lanes = Lanes::new(lanes);
+        Self(Arc::new(Shared { pool, prepares, lanes, checked: OnceCell::new() }))
     }
 
     /// Makes a call, after the tables were found to be those of this release.
@@ -349,8 +372,8 @@ fn state_of(error: &sqlx::Error) -> Option<String> {
 
 /// Whether two statements were in each other's way, so that the same may succeed now.
 fn is_conflict(error: &sqlx::Error) -> bool {
-    // serialization_failure, deadlock_detected.
-    matches!(state_of(error).as_deref(), Some("40001" | "40P01"))
+    // serialization_failure, deadlock_detected, lock_not_available.
+    matches!(state_of(error).as_deref(), Some("40001" | "40P01" | "55P03"))
 }
 
 /// By SQLSTATE, <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
@@ -369,7 +392,7 @@ fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
             state if state.starts_with("08") || state.starts_with("57") => {
                 StoreErrorKind::Unreachable
             }
-            // lock_not_available; in each other's way for too long.
+            // In each other's way for too long.
             "55P03" | "40001" | "40P01" => StoreErrorKind::TimedOut,
             "53100" => StoreErrorKind::Full,
             // program_limit_exceeded.
@@ -390,9 +413,43 @@ fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
     }
 }
 
+impl Carrier for PostgresStore {
+    const NAME: &str = NAME;
+
+    fn lanes(&self) -> &Lanes {
+        &self.0.lanes
+    }
+
+    fn patience(&self) -> Duration {
+        TIMEOUT
+    }
+
+    async fn claim_one(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        self.ask_unchecked(claim).await
+    }
+
+    async fn complete_one(&self, completion: &Completion) -> Result<Written, StoreError> {
+        self.ask_unchecked(completion).await
+    }
+
+    async fn claim_all(&self, claims: &[Claim]) -> Result<Vec<Option<Claimed>>, StoreError> {
+        self.ask_unchecked(claims).await
+    }
+
+    async fn complete_all(
+        &self,
+        completions: &[Completion],
+    ) -> Result<Vec<Option<Written>>, StoreError> {
+        self.ask_unchecked(completions).await
+    }
+}
+
 impl Store for PostgresStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
-        Box::pin(self.ask(claim))
+        Box::pin(async move {
+            self.ready().await?;
+            carry(self, claim).await
+        })
     }
 
     fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
@@ -414,7 +471,10 @@ impl Store for PostgresStore {
         &'a self,
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
-        Box::pin(self.ask(completion))
+        Box::pin(async move {
+            self.ready().await?;
+            carry(self, completion).await
+        })
     }
 
     fn release<'a>(
