@@ -455,3 +455,6 @@ async fn travel<C: Carrier, P: Passenger>(carrier: &C, mut tickets: Vec<Ticket<P
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

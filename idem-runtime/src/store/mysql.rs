@@ -29,13 +29,14 @@ use sqlx::{
 use tokio::time::{sleep, timeout};
 
 use self::{
-    calls::{Call, Change, Complete, Open, Read, Renew, Sweep},
+    calls::{Call, Change, Complete, CompleteAll, Open, OpenAll, Read, Renew, Sweep},
     failure::{Failure, Remedy},
     schema::{Check, CreateSchema},
 };
 use super::{
-    Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
+    Bundled, Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Transact, Written,
+    lanes::{Carrier, Lanes, carry},
 };
 use crate::{
     key::{Key, Token},
@@ -115,6 +116,7 @@ pub struct MySqlStore(Arc<Shared>);
 struct Shared {
     pool: MySqlPool,
     patience: Duration,
+    lanes: Lanes,
     /// Whether server, session and tables were found to be what the store needs.
     ready: AtomicBool,
 }
@@ -142,9 +144,10 @@ impl MySqlStore {
             .test_before_acquire(false)
             .after_connect(|connection, _| {
                 Box::pin(async move {
-                    // A statement that waits for longer than its caller does is a claim for nobody.
+                    // Who waits for a row holds up all that travel in the same statement; after
+                    // that, each goes by itself, as often as its caller waits.
                     let settings = "SET SESSION autocommit = 1, sql_safe_updates = 0,
-                                    innodb_lock_wait_timeout = 5";
+                                    innodb_lock_wait_timeout = 1";
                     sqlx::raw_sql(settings).execute(connection).await.map(drop)
                 })
             })
@@ -154,7 +157,22 @@ impl MySqlStore {
 
     /// Keeps the records in a database of the application's, through its pool.
     pub fn new(pool: MySqlPool) -> Self {
-        Self::assemble(pool, PATIENCE)
+        let lanes = pool.options().get_max_connections();
+        Self::assemble(pool, PATIENCE, lanes)
+    }
+
+    /// The same records, with at most so many statements for claims and completions under way at
+    /// once: those beyond travel together.
+    ///
+    /// By default as many as pay, and no more than the pool has connections.
+    #[must_use]
+    pub fn with_lanes(self, at_most: u32) -> Self {
+        Self::assemble(self.0.pool.clone(), self.0.patience, at_most)
+    }
+
+    /// How many calls have travelled together, since this store was made.
+    pub fn bundled(&self) -> Bundled {
+        self.0.lanes.bundled()
     }
 
     /// The same records, asked for no longer than this long a call, with all that is tried.
@@ -162,11 +180,12 @@ impl MySqlStore {
     /// Five seconds unless it is said. A sweep is several calls.
     #[must_use]
     pub fn with_timeout(self, time: Duration) -> Self {
-        Self::assemble(self.0.pool.clone(), time)
+        Self::assemble(self.0.pool.clone(), time, self.0.lanes.most())
     }
 
-    fn assemble(pool: MySqlPool, patience: Duration) -> Self {
-        Self(Arc::new(Shared { pool, patience, ready: AtomicBool::new(false) }))
+    fn assemble(pool: MySqlPool, patience: Duration, lanes: u32) -> Self {
+        let lanes = Lanes::new(lanes);
+        Self(Arc::new(Shared { pool, patience, lanes, ready: AtomicBool::new(false) }))
     }
 
     /// Creates the tables if they do not exist. Any number of processes may do so at once.
@@ -304,9 +323,40 @@ impl fmt::Debug for MySqlStore {
     }
 }
 
+impl Carrier for MySqlStore {
+    const NAME: &str = NAME;
+
+    fn lanes(&self) -> &Lanes {
+        &self.0.lanes
+    }
+
+    fn patience(&self) -> Duration {
+        self.0.patience
+    }
+
+    async fn claim_one(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        self.call(&Open(claim)).await
+    }
+
+    async fn complete_one(&self, completion: &Completion) -> Result<Written, StoreError> {
+        self.call(&Complete(completion)).await
+    }
+
+    async fn claim_all(&self, claims: &[Claim]) -> Result<Vec<Option<Claimed>>, StoreError> {
+        self.call(&OpenAll(claims)).await
+    }
+
+    async fn complete_all(
+        &self,
+        completions: &[Completion],
+    ) -> Result<Vec<Option<Written>>, StoreError> {
+        self.call(&CompleteAll(completions)).await
+    }
+}
+
 impl Store for MySqlStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
-        Box::pin(async move { self.call(&Open(claim)).await })
+        Box::pin(carry(self, claim))
     }
 
     fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
@@ -324,7 +374,7 @@ impl Store for MySqlStore {
         &'a self,
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
-        Box::pin(async move { self.call(&Complete(completion)).await })
+        Box::pin(carry(self, completion))
     }
 
     fn release<'a>(

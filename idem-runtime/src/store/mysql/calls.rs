@@ -5,19 +5,25 @@
 //! after which reading it holds. There are no transactions, so that no lock outlives its statement,
 //! and every call can be made again when nobody knows what became of it.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt::Write as _,
+};
 
-use sqlx::MySqlConnection;
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use sqlx::{MySqlConnection, mysql::MySqlQueryResult};
 
 use super::{
-    failure::Failure,
-    row::{Loaded, claim_of, from_now, insert, key_of, load, now, remove, replace},
+    failure::{Failure, Remedy},
+    row::{
+        Loaded, claim_of, columns, decode, from_now, insert, key_of, load, now, remove, replace,
+    },
 };
 use crate::{
     key::{Key, Token},
     record::{FORMAT, Record},
     store::{
-        Checkpoint, Completion, Renewal, Written,
+        Checkpoint, Claim, Claimed, Completion, Renewal, Written,
         clock::{Millis, after, end_of},
         row::{Ended, Opening, Row, found},
     },
@@ -124,6 +130,203 @@ impl Call for Complete<'_> {
                 Ended::Fenced => return Ok(Written::Fenced(row.record(now))),
             }
         }
+    }
+}
+
+/// Claims on different keys, in order of keys: nothing is answered to those that are to be made by
+/// themselves, since their records are free to be taken or cannot be read.
+pub(super) struct OpenAll<'a>(pub(super) &'a [Claim]);
+
+impl Call for OpenAll<'_> {
+    type Answer = Vec<Option<Claimed>>;
+
+    fn size(&self) -> usize {
+        // As it is listed.
+        let listed = |claim: &Claim| claim.operation.len() + claim.fingerprint.scheme.len() + 256;
+        self.0.iter().map(|claim| 2 * listed(claim)).sum()
+    }
+
+    /// One statement where no key has a row; a second one says which have, and reads them.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<Option<Claimed>>, Failure> {
+        // What tells the rows that this statement has made from those of an earlier one under the
+        // same token, whose answer was lost. As large as it is, it never comes to its type's end.
+        let mark: i64 = rand::random_range(0..1 << 62);
+        let fresh = self.0.iter().filter(|claim| !claim.issued_only);
+        // From an instant 0 their times are spans.
+        let rows: Vec<_> = fresh.map(|claim| Row::fresh(claim, 0)).collect();
+        let listed = rows.iter().map(|row| {
+            let rest = format!(
+                r#","{}","{}","{}","{}","{}","{}",{},{},{}"#,
+                hex(row.scope.as_bytes()),
+                hex(row.operation.as_bytes()),
+                hex(row.operation_id.as_bytes()),
+                hex(row.fingerprint.scheme.as_bytes()),
+                hex(&row.fingerprint.digest),
+                hex(row.token.as_bytes()),
+                row.lease_end,
+                row.kept_until,
+                row.format,
+            );
+            (row.key, rest)
+        });
+        mark!("mysql.leased.insert_all.before");
+        // What stands there already is left alone (IGNORE).
+        let made = sqlx::query(concat!(
+            "INSERT IGNORE INTO idem_records (
+                 record_key, scope, operation, operation_id, state, scheme, fingerprint, token,
+                 attempt, lease_end, valid_until, kept_until, created, format, flags, version,
+                 payload)
+             SELECT UNHEX(record_key), UNHEX(scope), UNHEX(operation), UNHEX(operation_id), 1,
+                    UNHEX(scheme), UNHEX(fingerprint), UNHEX(token), 1, ",
+            from_now!("lease_end"),
+            ", ",
+            from_now!("kept_until"),
+            ", ",
+            from_now!("kept_until"),
+            ", ",
+            now!(),
+            ", format, 0, ?, ''
+             FROM JSON_TABLE(?, '$[*]' COLUMNS (
+                 record_key CHAR(64) PATH '$[0]',
+                 scope CHAR(64) PATH '$[1]',
+                 operation LONGTEXT PATH '$[2]',
+                 operation_id CHAR(32) PATH '$[3]',
+                 scheme LONGTEXT PATH '$[4]',
+                 fingerprint CHAR(64) PATH '$[5]',
+                 token CHAR(32) PATH '$[6]',
+                 lease_end BIGINT PATH '$[7]',
+                 kept_until BIGINT PATH '$[8]',
+                 format INT PATH '$[9]')) AS listed"
+        ))
+        .bind(mark)
+        .bind(list(listed))
+        .execute(&mut *connection)
+        .await;
+        mark!("mysql.leased.insert_all.answered");
+        let Some(made) = together(made)? else { return Ok(vec![None; self.0.len()]) };
+        let granted = |claim: &Claim| Claimed::Granted(Row::fresh(claim, 0).record(0));
+        if made.rows_affected() == self.0.len() as u64 {
+            return Ok(self.0.iter().map(|claim| Some(granted(claim))).collect());
+        }
+        let rows = sqlx::query(concat!(
+            "SELECT ",
+            columns!("existing."),
+            ", payload, ",
+            now!(),
+            " AS read_at FROM ",
+            listed!()
+        ))
+        .bind(list(self.0.iter().map(|claim| (claim.key, String::new()))))
+        .fetch_all(connection)
+        .await?;
+        let mut there: HashMap<_, _> =
+            rows.iter().filter_map(|row| Some((key_of(row).ok()?, decode(row)))).collect();
+        let answer = |claim: &Claim| match there.remove(&claim.key) {
+            None => claim.issued_only.then_some(Claimed::Unknown),
+            // A record that cannot be read is the affair of its own claim.
+            Some(Err(_)) => None,
+            Some(Ok(loaded)) if loaded.row.is_held_by(claim.token) => {
+                loaded.is_of(mark).then(|| granted(claim))
+            }
+            Some(Ok(Loaded { mut row, now, .. })) => match found(Some(&row), claim.format, now) {
+                Ok(Some(_)) => {
+                    let (changed, answer) = claim.on_row(&mut row, now);
+                    (!changed).then_some(answer)
+                }
+                Ok(None) | Err(_) => None,
+            },
+        };
+        Ok(self.0.iter().map(answer).collect())
+    }
+}
+
+/// What a statement that carries many calls has come to; nothing if it was in others' way, so that
+/// each call is better made by itself.
+fn together(
+    done: Result<MySqlQueryResult, sqlx::Error>,
+) -> Result<Option<MySqlQueryResult>, Failure> {
+    match done.map_err(Failure::from) {
+        Err(failure) if failure.remedy() == Remedy::Again => Ok(None),
+        done => done.map(Some),
+    }
+}
+
+/// Answers on different keys, in order of keys: nothing is answered to those whose claims are not
+/// held.
+pub(super) struct CompleteAll<'a>(pub(super) &'a [Completion]);
+
+impl Call for CompleteAll<'_> {
+    type Answer = Vec<Option<Written>>;
+
+    fn size(&self) -> usize {
+        self.0.iter().map(|completion| completion.payload.len() / 3 * 4 + 256).sum()
+    }
+
+    /// One statement; a second one says which were written, if not all were.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<Option<Written>>, Failure> {
+        let listed = list(self.0.iter().map(|completion| {
+            let rest = format!(
+                r#","{}",{},{},{},"{}""#,
+                hex(completion.token.as_bytes()),
+                end_of(0, completion.ttl),
+                completion.flags.bits(),
+                completion.format,
+                BASE64.encode(&completion.payload),
+            );
+            (completion.key, rest)
+        }));
+        mark!("mysql.leased.complete_all.before");
+        let written = sqlx::query(concat!(
+            "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
+                 record_key CHAR(64) PATH '$[0]',
+                 token CHAR(32) PATH '$[1]',
+                 span BIGINT PATH '$[2]',
+                 flags INT PATH '$[3]',
+                 format INT PATH '$[4]',
+                 payload LONGTEXT PATH '$[5]')) AS listed
+             STRAIGHT_JOIN idem_records AS existing FORCE INDEX (PRIMARY)
+                 ON existing.record_key = UNHEX(listed.record_key)
+             SET
+                 existing.state = 3,
+                 existing.lease_end = ",
+            now!(),
+            ",
+                 existing.valid_until = IF(existing.flags & 2, existing.valid_until, ",
+            from_now!("listed.span"),
+            "),
+                 existing.kept_until = IF(existing.flags & 2, existing.kept_until, ",
+            from_now!("listed.span"),
+            "),
+                 existing.format = listed.format,
+                 existing.version = existing.version + 1,
+                 existing.payload = FROM_BASE64(listed.payload),
+                 existing.flags = existing.flags | listed.flags
+             WHERE existing.token = UNHEX(listed.token) AND existing.state = 1
+               AND existing.format BETWEEN 1 AND listed.format AND existing.kept_until > ",
+            now!()
+        ))
+        .bind(listed)
+        .execute(&mut *connection)
+        .await;
+        mark!("mysql.leased.complete_all.answered");
+        let Some(written) = together(written)? else { return Ok(vec![None; self.0.len()]) };
+        if written.rows_affected() == self.0.len() as u64 {
+            return Ok(self.0.iter().map(|_| Some(Written::Done)).collect());
+        }
+        let rows = sqlx::query(concat!(
+            "SELECT existing.record_key, existing.token FROM ",
+            listed!(),
+            " WHERE existing.token = UNHEX(listed.token) AND state = 3"
+        ))
+        .bind(list(self.0.iter().map(|completion| {
+            (completion.key, format!(r#","{}""#, hex(completion.token.as_bytes())))
+        })))
+        .fetch_all(connection)
+        .await?;
+        let done: HashSet<_> = rows.iter().flat_map(claim_of).collect();
+        let is_done = |completion: &Completion| done.contains(&(completion.key, completion.token));
+        let answer = |completion| is_done(completion).then_some(Written::Done);
+        Ok(self.0.iter().map(answer).collect())
     }
 }
 
