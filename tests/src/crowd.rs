@@ -2,7 +2,7 @@
 
 use futures_util::{future::BoxFuture, join};
 use idem_runtime::{
-    Key, OperationId, Record, Token,
+    FORMAT, Key, OperationId, Record, Token,
     store::{
         Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
         Transact, Wake, Written,
@@ -23,6 +23,7 @@ impl<S: Store> Crowd<S> {
             operation_id: OperationId::random(),
             token: Token::random(),
             issued_only: false,
+            format: FORMAT,
             ..claim.clone()
         };
         let (before, after) = (another(), another());
@@ -37,7 +38,11 @@ impl<S: Store> Crowd<S> {
     }
 
     async fn complete_beside(&self, completion: &Completion) -> Result<Written, StoreError> {
-        let another = || Completion { key: Key::from_bytes(rand::random()), ..completion.clone() };
+        let another = || Completion {
+            key: Key::from_bytes(rand::random()),
+            format: FORMAT,
+            ..completion.clone()
+        };
         let (before, after) = (another(), another());
         let (first, answer, last) =
             join!(self.0.complete(&before), self.0.complete(completion), self.0.complete(&after));

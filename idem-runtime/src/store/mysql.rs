@@ -7,6 +7,7 @@
 mod calls;
 mod failure;
 mod manage;
+mod many;
 mod row;
 mod schema;
 mod transaction;

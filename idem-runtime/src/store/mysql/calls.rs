@@ -10,11 +10,11 @@ use std::{
     fmt::Write as _,
 };
 
-use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use sqlx::{MySqlConnection, mysql::MySqlQueryResult};
+use sqlx::MySqlConnection;
 
 use super::{
     failure::{Failure, Remedy},
+    many,
     row::{
         Loaded, claim_of, columns, decode, from_now, insert, key_of, load, now, remove, replace,
     },
@@ -141,9 +141,9 @@ impl Call for OpenAll<'_> {
     type Answer = Vec<Option<Claimed>>;
 
     fn size(&self) -> usize {
-        // As it is listed.
-        let listed = |claim: &Claim| claim.operation.len() + claim.fingerprint.scheme.len() + 256;
-        self.0.iter().map(|claim| 2 * listed(claim)).sum()
+        // In text, a byte takes two.
+        let said = |claim: &Claim| claim.operation.len() + claim.fingerprint.scheme.len() + 256;
+        self.0.iter().map(|claim| 2 * said(claim)).sum()
     }
 
     /// One statement where no key has a row; a second one says which have, and reads them.
@@ -151,61 +151,19 @@ impl Call for OpenAll<'_> {
         // What tells the rows that this statement has made from those of an earlier one under the
         // same token, whose answer was lost. As large as it is, it never comes to its type's end.
         let mark: i64 = rand::random_range(0..1 << 62);
-        let fresh = self.0.iter().filter(|claim| !claim.issued_only);
-        // From an instant 0 their times are spans.
-        let rows: Vec<_> = fresh.map(|claim| Row::fresh(claim, 0)).collect();
-        let listed = rows.iter().map(|row| {
-            let rest = format!(
-                r#","{}","{}","{}","{}","{}","{}",{},{},{}"#,
-                hex(row.scope.as_bytes()),
-                hex(row.operation.as_bytes()),
-                hex(row.operation_id.as_bytes()),
-                hex(row.fingerprint.scheme.as_bytes()),
-                hex(&row.fingerprint.digest),
-                hex(row.token.as_bytes()),
-                row.lease_end,
-                row.kept_until,
-                row.format,
-            );
-            (row.key, rest)
-        });
-        mark!("mysql.leased.insert_all.before");
-        // What stands there already is left alone (IGNORE).
-        let made = sqlx::query(concat!(
-            "INSERT IGNORE INTO idem_records (
-                 record_key, scope, operation, operation_id, state, scheme, fingerprint, token,
-                 attempt, lease_end, valid_until, kept_until, created, format, flags, version,
-                 payload)
-             SELECT UNHEX(record_key), UNHEX(scope), UNHEX(operation), UNHEX(operation_id), 1,
-                    UNHEX(scheme), UNHEX(fingerprint), UNHEX(token), 1, ",
-            from_now!("lease_end"),
-            ", ",
-            from_now!("kept_until"),
-            ", ",
-            from_now!("kept_until"),
-            ", ",
-            now!(),
-            ", format, 0, ?, ''
-             FROM JSON_TABLE(?, '$[*]' COLUMNS (
-                 record_key CHAR(64) PATH '$[0]',
-                 scope CHAR(64) PATH '$[1]',
-                 operation LONGTEXT PATH '$[2]',
-                 operation_id CHAR(32) PATH '$[3]',
-                 scheme LONGTEXT PATH '$[4]',
-                 fingerprint CHAR(64) PATH '$[5]',
-                 token CHAR(32) PATH '$[6]',
-                 lease_end BIGINT PATH '$[7]',
-                 kept_until BIGINT PATH '$[8]',
-                 format INT PATH '$[9]')) AS listed"
-        ))
-        .bind(mark)
-        .bind(list(listed))
-        .execute(&mut *connection)
-        .await;
-        mark!("mysql.leased.insert_all.answered");
-        let Some(made) = together(made)? else { return Ok(vec![None; self.0.len()]) };
+        let mut made = 0;
+        if self.0.iter().any(|claim| !claim.issued_only) {
+            let insert = many::insert(self.0.iter().filter(|claim| !claim.issued_only), mark);
+            mark!("mysql.leased.insert_all.before");
+            let inserted = together(connection, insert).await?;
+            mark!("mysql.leased.insert_all.answered");
+            match inserted {
+                Some(rows) => made = rows,
+                None => return Ok(vec![None; self.0.len()]),
+            }
+        }
         let granted = |claim: &Claim| Claimed::Granted(Row::fresh(claim, 0).record(0));
-        if made.rows_affected() == self.0.len() as u64 {
+        if made == self.0.len() as u64 {
             return Ok(self.0.iter().map(|claim| Some(granted(claim))).collect());
         }
         let rows = sqlx::query(concat!(
@@ -240,17 +198,6 @@ impl Call for OpenAll<'_> {
     }
 }
 
-/// What a statement that carries many calls has come to; nothing if it was in others' way, so that
-/// each call is better made by itself.
-fn together(
-    done: Result<MySqlQueryResult, sqlx::Error>,
-) -> Result<Option<MySqlQueryResult>, Failure> {
-    match done.map_err(Failure::from) {
-        Err(failure) if failure.remedy() == Remedy::Again => Ok(None),
-        done => done.map(Some),
-    }
-}
-
 /// Answers on different keys, in order of keys: nothing is answered to those whose claims are not
 /// held.
 pub(super) struct CompleteAll<'a>(pub(super) &'a [Completion]);
@@ -259,74 +206,51 @@ impl Call for CompleteAll<'_> {
     type Answer = Vec<Option<Written>>;
 
     fn size(&self) -> usize {
-        self.0.iter().map(|completion| completion.payload.len() / 3 * 4 + 256).sum()
+        self.0.iter().map(|completion| 2 * completion.payload.len() + 512).sum()
     }
 
     /// One statement; a second one says which were written, if not all were.
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<Option<Written>>, Failure> {
-        let listed = list(self.0.iter().map(|completion| {
-            let rest = format!(
-                r#","{}",{},{},{},"{}""#,
-                hex(completion.token.as_bytes()),
-                end_of(0, completion.ttl),
-                completion.flags.bits(),
-                completion.format,
-                BASE64.encode(&completion.payload),
-            );
-            (completion.key, rest)
-        }));
+        let update = many::complete(self.0);
         mark!("mysql.leased.complete_all.before");
-        let written = sqlx::query(concat!(
-            "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
-                 record_key CHAR(64) PATH '$[0]',
-                 token CHAR(32) PATH '$[1]',
-                 span BIGINT PATH '$[2]',
-                 flags INT PATH '$[3]',
-                 format INT PATH '$[4]',
-                 payload LONGTEXT PATH '$[5]')) AS listed
-             STRAIGHT_JOIN idem_records AS existing FORCE INDEX (PRIMARY)
-                 ON existing.record_key = UNHEX(listed.record_key)
-             SET
-                 existing.state = 3,
-                 existing.lease_end = ",
-            now!(),
-            ",
-                 existing.valid_until = IF(existing.flags & 2, existing.valid_until, ",
-            from_now!("listed.span"),
-            "),
-                 existing.kept_until = IF(existing.flags & 2, existing.kept_until, ",
-            from_now!("listed.span"),
-            "),
-                 existing.format = listed.format,
-                 existing.version = existing.version + 1,
-                 existing.payload = FROM_BASE64(listed.payload),
-                 existing.flags = existing.flags | listed.flags
-             WHERE existing.token = UNHEX(listed.token) AND existing.state = 1
-               AND existing.format BETWEEN 1 AND listed.format AND existing.kept_until > ",
-            now!()
-        ))
-        .bind(listed)
-        .execute(&mut *connection)
-        .await;
+        let written = together(connection, update).await?;
         mark!("mysql.leased.complete_all.answered");
-        let Some(written) = together(written)? else { return Ok(vec![None; self.0.len()]) };
-        if written.rows_affected() == self.0.len() as u64 {
+        let Some(written) = written else { return Ok(vec![None; self.0.len()]) };
+        if written == self.0.len() as u64 {
             return Ok(self.0.iter().map(|_| Some(Written::Done)).collect());
         }
         let rows = sqlx::query(concat!(
             "SELECT existing.record_key, existing.token FROM ",
             listed!(),
-            " WHERE existing.token = UNHEX(listed.token) AND state = 3"
+            " WHERE existing.token = UNHEX(listed.token) AND state = 3
+               AND format BETWEEN 1 AND ? AND kept_until > ",
+            now!()
         ))
         .bind(list(self.0.iter().map(|completion| {
             (completion.key, format!(r#","{}""#, hex(completion.token.as_bytes())))
         })))
+        .bind(FORMAT)
         .fetch_all(connection)
         .await?;
         let done: HashSet<_> = rows.iter().flat_map(claim_of).collect();
         let is_done = |completion: &Completion| done.contains(&(completion.key, completion.token));
         let answer = |completion| is_done(completion).then_some(Written::Done);
         Ok(self.0.iter().map(answer).collect())
+    }
+}
+
+/// How many rows a statement that carries many calls has made or changed; nothing if it was in
+/// others' way, so that each call is better made by itself.
+async fn together(
+    connection: &mut MySqlConnection,
+    statement: String,
+) -> Result<Option<u64>, Failure> {
+    // It consists of what is written in `many`, of digits, and of bytes in hexadecimal.
+    let statement = sqlx::raw_sql(sqlx::AssertSqlSafe(statement));
+    match statement.execute(connection).await.map_err(Failure::from) {
+        Ok(done) => Ok(Some(done.rows_affected())),
+        Err(failure) if failure.remedy() == Remedy::Again => Ok(None),
+        Err(failure) => Err(failure),
     }
 }
 
@@ -484,9 +408,7 @@ pub(super) fn list(entries: impl Iterator<Item = (Key, String)>) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     let mut hex = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        let _ = write!(hex, "{byte:02x}");
-    }
+    many::push_hex(&mut hex, bytes);
     hex
 }
 
