@@ -9,6 +9,8 @@ use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use tokio::{sync::Semaphore, task::yield_now};
 
 use super::*;
+#[cfg(feature = "seal")]
+use crate::store::Sealed;
 use crate::{
     decision::OnUnknown,
     key::ScopeDigest,
@@ -308,6 +310,25 @@ async fn nothing_but_what_is_completed_is_kept() {
     assert_eq!(cache.records.len(), 1);
 }
 
+#[cfg(feature = "seal")]
+#[tokio::test]
+async fn what_is_sealed_is_kept_sealed() {
+    let (front, store, _) = front();
+    let seal: Arc<dyn crate::Seal> = Arc::new(crate::KeyRing::new(1, &[7; 32]));
+    let veil = Veil { seal: Some(seal), redact: None };
+    let front = Front { veil: veil.clone(), ..front };
+    let cached = Cached { store: Arc::new(store.clone()), cache: Arc::clone(front.cache()) };
+    let sealed = Sealed { store: Arc::new(cached), veil };
+    let claim = claim();
+    sealed.claim(&claim).await.unwrap();
+    sealed.complete(&completion(&claim, b"paid")).await.unwrap();
+    sealed.claim(&again(&claim)).await.unwrap();
+    let (_, kept) = front.cache().find(&again(&claim)).unwrap();
+    assert_eq!(kept.payload, store.read(&claim.key).await.unwrap().unwrap().payload);
+    assert_ne!(kept.payload, "paid");
+    assert_eq!(front.find(&again(&claim)).unwrap().payload, "paid");
+}
+
 #[tokio::test]
 async fn a_tombstone_is_kept_as_one() {
     let (front, _, _) = front();
@@ -519,11 +540,14 @@ async fn what_is_kept_is_bounded() {
     let records = &front.cache().records;
     let mut rng = SmallRng::seed_from_u64(7);
     let mut fullest = 0;
-    for _ in 0..4_000 {
+    for number in 0..4_000 {
         let claim = claim();
         let payload = vec![b'.'; rng.random_range(0..4_000)];
         front.run(&claim, &payload).await;
         front.ask(&claim).await;
+        if number % 20 != 0 {
+            continue;
+        }
         let kept = records.iter().map(|(key, kept)| Bytewise.weight(&key, &kept)).sum::<u64>();
         assert_eq!(records.weight(), kept);
         assert!(kept <= BYTES as u64, "{kept} bytes");
@@ -567,7 +591,8 @@ struct World {
 }
 
 impl World {
-    const TTL: Duration = Duration::from_secs(25);
+    const MAX_AGE: Duration = Duration::from_secs(1);
+    const TTL: Duration = Duration::from_secs(4);
 
     fn new(seed: u64) -> Self {
         let (store, clock) = memory();
@@ -592,7 +617,7 @@ impl World {
                 })
             };
             let far = Arc::new(Far { store: store.clone(), pause: Box::new(pause) });
-            Front::over(far, ReplayCache::new().max_age(MAX_AGE).clock(clock.clone()))
+            Front::over(far, ReplayCache::new().max_age(Self::MAX_AGE).clock(clock.clone()))
         });
         let keys = [1, 2, 3].map(|byte| Key::from_bytes([byte; 32]));
         let [replays, stale] = [AtomicUsize::new(0), AtomicUsize::new(0)];
@@ -605,7 +630,7 @@ impl World {
             let key = self.keys[rng.random_range(0..3)];
             match rng.random_range(0..15) {
                 0 => drop(self.engines[engine].purge(Purge::Key(key)).await),
-                1..3 => self.clock.advance(Duration::from_millis(rng.random_range(0..1_500))),
+                1..3 => self.clock.advance(Duration::from_millis(rng.random_range(0..300))),
                 _ => self.request(engine, key, &mut rng).await,
             }
             yield_now().await;
@@ -651,7 +676,7 @@ impl World {
                 let (by, at) = purged.unwrap_or_else(|| panic!("{record:?} is over; {other:?}"));
                 assert_ne!(by, engine, "it was purged through this engine: {record:?}");
                 let age = until(at, Clock::from(self.clock.clone()).now());
-                assert!(age < MAX_AGE, "it was purged {age:?} ago: {record:?}");
+                assert!(age < Self::MAX_AGE, "it was purged {age:?} ago: {record:?}");
             }
         }
     }
@@ -676,5 +701,5 @@ async fn nothing_is_replayed_that_was_purged_here_or_too_long_ago_elsewhere() {
         stale += world.stale.load(Ordering::SeqCst);
     }
     println!("{replays} replays, {stale} of them of what was purged elsewhere");
-    assert!(replays > 10_000 && stale > 1_000, "{replays} replays, {stale} stale ones");
+    assert!(replays > 5_000 && stale > 500, "{replays} replays, {stale} stale ones");
 }
