@@ -41,7 +41,7 @@ macro_rules! on_both_stores {
 /// What future a store answers with.
 type Answer<'a, T> = std::pin::Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
-/// An embedded store that remembers the claims that it was asked for. A clone is the same store.
+/// A store that remembers the claims that it was asked for. A clone is the same store.
 #[derive(Clone, Debug)]
 pub struct TestStore {
     store: Arc<dyn Store>,
@@ -129,7 +129,7 @@ impl Store for TestStore {
     }
 
     fn is_remote(&self) -> bool {
-        self.remote
+        self.remote || self.store.is_remote()
     }
 
     fn manage(&self) -> Option<&dyn Manage> {
