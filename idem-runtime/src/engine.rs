@@ -24,6 +24,8 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use self::transaction::InTransaction;
+#[cfg(feature = "cache")]
+use crate::store::Replays;
 use crate::{
     anchor::Scope,
     builder::Limits,
@@ -87,6 +89,9 @@ pub(crate) struct Shared {
     /// The header that names the operation, if there is to be one.
     pub(crate) operation_header: Option<HeaderName>,
     pub(crate) carry: Option<Carry>,
+    /// Completed records that the store was asked for a moment ago.
+    #[cfg(feature = "cache")]
+    pub(crate) replays: Option<Replays>,
     pub(crate) leases: Leases,
     pub(crate) waits: Waits,
     /// Handlers and unfinished records that go on although nobody waits for them.
@@ -297,6 +302,9 @@ impl Shared {
             return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
         }
         let mut claim = call.claim(OperationId::random());
+        if let Some((decision, record)) = self.at_hand(&claim) {
+            return self.answer(call, decision, &record);
+        }
         // A record under another scheme may be claimable with the fingerprint of that scheme, and
         // may have changed when it is asked for again. Each turn is one atomic claim; a key that
         // changes this often is in flight.
@@ -336,6 +344,18 @@ impl Shared {
             return self.outage(call, &claim, too_late);
         }
         self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+    }
+
+    /// The record that answers a claim, without a call of the store, and how it does.
+    #[cfg(feature = "cache")]
+    fn at_hand(&self, claim: &Claim) -> Option<(Decision, Record)> {
+        self.replays.as_ref()?.find(claim)
+    }
+
+    /// Nothing is at hand without the feature.
+    #[cfg(not(feature = "cache"))]
+    const fn at_hand(&self, _: &Claim) -> Option<(Decision, Record)> {
+        None
     }
 
     /// Waits for the answer to a request that is running, which this one repeats.

@@ -202,6 +202,9 @@ impl Shared {
         };
         let operation_id = OperationId::derived(&call.key, &call.fingerprint);
         let mut claim = call.claim(operation_id);
+        if let Some((decision, record)) = self.at_hand(&claim) {
+            return self.answer(call, decision, &record);
+        }
         for _ in 0..4 {
             mark!("transaction.begin.before");
             // Its duplicates must not queue for connections, which owners may hold all of.

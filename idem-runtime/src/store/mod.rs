@@ -20,6 +20,8 @@
     doc = "| [`RedisStore`] | `redis` | many processes: Redis, Valkey or Redis Cluster |"
 )]
 
+#[cfg(feature = "cache")]
+mod cached;
 mod clock;
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 mod lanes;
@@ -43,6 +45,10 @@ use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+#[cfg(feature = "cache")]
+pub use self::cached::ReplayCache;
+#[cfg(feature = "cache")]
+pub(crate) use self::cached::{Cached, Replays};
 pub use self::clock::{Clock, ManualClock};
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 pub use self::lanes::Bundled;
@@ -253,6 +259,14 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// When the store cannot answer.
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>>;
 
+    /// Whether each call goes over a network. In front of such a store an engine keeps the
+    /// completed records that it was shown at hand for some seconds, and answers repetitions from
+    /// them (feature `cache`, [`Builder::replay_cache`](crate::Builder)): `true` costs a store that
+    /// is fast some memory, `false` costs one that is not the trip for each replay.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
     /// The store's records for look-ups and operators, if it can search them.
     fn manage(&self) -> Option<&dyn Manage> {
         None
@@ -320,6 +334,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         S::sweep(self, limit)
+    }
+
+    fn is_remote(&self) -> bool {
+        S::is_remote(self)
     }
 
     fn manage(&self) -> Option<&dyn Manage> {

@@ -422,6 +422,10 @@ impl Store for MySqlStore {
         })
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn manage(&self) -> Option<&dyn Manage> {
         Some(self)
     }

@@ -521,6 +521,10 @@ impl Store for PostgresStore {
         })
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn manage(&self) -> Option<&dyn Manage> {
         Some(self)
     }

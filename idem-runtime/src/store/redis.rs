@@ -501,6 +501,10 @@ impl Store for RedisStore {
         Box::pin(self.0.sweep(limit))
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn manage(&self) -> Option<&dyn Manage> {
         Some(self)
     }
