@@ -19,14 +19,14 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::future::{BoxFuture, join_all};
-use redis::{Client, ErrorKind, FromRedisValue as _, IntoConnectionInfo, ServerErrorKind};
+use redis::{Client, FromRedisValue as _, IntoConnectionInfo};
 use tokio::runtime::Handle;
 
 pub use self::builder::RedisStoreBuilder;
@@ -49,9 +49,6 @@ const NAME: &str = "redis";
 /// For how long an operation can be found by its id beyond the time that its record is kept for
 /// when it is claimed: completing prolongs that by as long as the handler runs.
 const HANDLERS_RUN: Duration = Duration::from_secs(3600);
-/// How often the servers are looked up because one of them is silent or no longer a master: other
-/// calls wait for that, in a cluster with a silent node for as long as its time-out.
-const NOTICE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A store in Redis (7.0 or newer), Valkey or Redis Cluster: for many processes, and for many
 /// records.
@@ -132,8 +129,6 @@ struct Shared {
     max_bytes: usize,
     /// Where the last sweep ended on each server.
     swept: Mutex<HashMap<Node, u64>>,
-    /// When the servers were last looked up because one of them was silent or no longer a master.
-    noticed: Mutex<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -225,7 +220,8 @@ impl Shared {
         mark!("redis.step.before");
         let answer = within(self.patience(), self.connection.run(&step, &name)).await;
         mark!("redis.step.answered");
-        let answer = answer.inspect_err(|error| self.notice(error, &name))?;
+        let answer =
+            answer.inspect_err(|error| self.connection.notice(error, &name, self.patience()))?;
         Answer::read(answer).map_err(failure)
     }
 
@@ -244,7 +240,8 @@ impl Shared {
         wait.arg(replicas.count).arg(millis(replicas.within).max(1));
         let patience = self.patience().saturating_add(replicas.within);
         let answers = within(patience, connection.run_and(&step, &name, &wait)).await;
-        let [answer, acknowledged] = answers.inspect_err(|error| self.notice(error, &name))?;
+        let [answer, acknowledged] =
+            answers.inspect_err(|error| connection.notice(error, &name, patience))?;
         let answer = Answer::read(answer).map_err(failure)?;
         let acknowledged =
             u32::from_redis_value(acknowledged).map_err(|error| failure(error.into()))?;
@@ -252,30 +249,6 @@ impl Shared {
             return Err(Cause::Unacknowledged { acknowledged, wanted: replicas.count }.error());
         }
         Ok(answer)
-    }
-
-    /// Sees to it that a server which is silent or no longer a master is not asked for ever.
-    fn notice(self: &Arc<Self>, error: &StoreError, name: &str) {
-        let is_silent = error.kind() == StoreErrorKind::TimedOut && !self.connection.is_single();
-        let is_demoted = is_read_only(error) && self.connection.is_single();
-        if !is_silent && !is_demoted {
-            return;
-        }
-        let Ok(runtime) = Handle::try_current() else { return };
-        let mut noticed = self.noticed.lock().unwrap_or_else(PoisonError::into_inner);
-        if noticed.is_some_and(|when| when.elapsed() < NOTICE_INTERVAL) {
-            return;
-        }
-        *noticed = Some(Instant::now());
-        drop(noticed);
-        let (shared, name) = (Arc::clone(self), name.to_owned());
-        runtime.spawn(async move {
-            let connections = shared.acknowledged.as_ref().map(|(connection, _)| connection);
-            for connection in connections.into_iter().chain([&shared.connection]) {
-                // The next call that meets this sees to it again.
-                drop(within(shared.patience(), connection.look_again(&name)).await);
-            }
-        });
     }
 
     /// Whether the servers take a record as large as a step makes it.
@@ -344,14 +317,6 @@ impl Shared {
             }
         });
     }
-}
-
-/// Whether the server answered that it is a replica.
-fn is_read_only(error: &StoreError) -> bool {
-    let error = std::error::Error::source(error).and_then(|source| source.downcast_ref());
-    error.is_some_and(|error: &redis::RedisError| {
-        error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
-    })
 }
 
 /// An outcome, unless it is that the record cannot be read.
