@@ -9,7 +9,7 @@ use std::{
 
 use sqlx::{ConnectOptions as _, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
 
-use super::{Goodbye, Process, free_port, program, words};
+use crate::{Goodbye, Process, free_port, program, words};
 
 /// Names a MariaDB or MySQL server to use instead of one that the tests start; its user must be
 /// allowed to create databases.
