@@ -100,6 +100,11 @@ impl Postgres {
         Database(Arc::new(Dropped { url, options, drop }))
     }
 
+    /// The URL of the server itself, for whoever asks about it.
+    pub fn maintenance_url(&self) -> &str {
+        &self.url
+    }
+
     /// Where the server keeps what it has. It goes away with the server.
     pub fn directory(&self) -> &Path {
         self.process().directory()
