@@ -32,6 +32,10 @@ pub mod figure {
     pub const BOTH_CPU: &str = "CPU µs on both sides";
     /// The share of one core that generating the load has used.
     pub const LOAD: &str = "load";
+    /// What something took by the clock, in seconds.
+    pub const SECONDS: &str = "seconds";
+    /// CPU time that it took, in seconds.
+    pub const CPU_SECONDS: &str = "CPU seconds";
     /// Bytes an operation of the database's log.
     pub const LOG_BYTES: &str = "bytes of log";
     /// Bytes an operation that were written to the disk.
@@ -256,6 +260,8 @@ impl Report {
             figure::P99,
             figure::CPU,
             figure::DATABASE_CPU,
+            figure::CPU_SECONDS,
+            figure::SECONDS,
             figure::LOG_BYTES,
             figure::DISK_BYTES,
             figure::LOAD,
