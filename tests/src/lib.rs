@@ -8,7 +8,8 @@ pub mod faults;
 pub mod history;
 pub mod ledger;
 pub mod server;
-#[cfg(feature = "servers")]
-pub mod servers;
 pub mod shop;
 pub mod stores;
+
+#[cfg(feature = "servers")]
+pub use servers;

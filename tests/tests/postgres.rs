@@ -420,7 +420,7 @@ async fn failures_say_what_kind_they_are() {
     let store = bench.with(&[("default_transaction_read_only", "on")]);
     assert_fails(store.claim(&any_claim()).await, StoreErrorKind::Unreachable);
     let options = bench.database.options();
-    let nowhere = options.clone().port(tests::servers::free_port());
+    let nowhere = options.clone().port(servers::free_port());
     let refused: [PgConnectOptions; 2] =
         [options.clone().database("nowhere"), options.username("nobody")];
     for (options, kind) in [

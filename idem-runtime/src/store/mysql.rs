@@ -69,7 +69,10 @@ const SWEPT_AT_ONCE: usize = 500;
 /// # What it asks of the server
 ///
 /// A claim on a fresh key is one statement and one round trip, and so is a completion. A claim that
-/// finds a record takes a second statement, which reads it, and a third if it is granted. Nothing
+/// finds a record takes a second statement, which reads it, and a third if it is granted. There are
+/// as many under way at once as pay: few where the database is near and its disk fast, up to the
+/// size of the pool where a statement mostly waits. What comes beyond that travels together, in one
+/// statement ([`with_lanes`](Self::with_lanes), [`bundled`](Self::bundled)). Nothing
 /// is locked for longer than a statement, a claim that is refused writes nothing, and no connection
 /// is held while a handler runs, transactional ones aside. Time is the server's own (in UTC, so that
 /// no time zone and no change to summer time matters); of several servers, that of the one that
@@ -98,7 +101,9 @@ const SWEPT_AT_ONCE: usize = 500;
 /// settings. Three of these are worth a look: `test_before_acquire`, which is on unless it is
 /// turned off, costs each call a round trip that this store does without; `acquire_timeout` is 30
 /// seconds unless it is set, and the store's own bound is the shorter one; and
-/// `innodb_lock_wait_timeout`, a setting of the server's, is best no longer than that bound either.
+/// `innodb_lock_wait_timeout`, a setting of the server's, is best one second, as in pools of idem's
+/// own: a statement that waits for a row holds up all calls that travel in it, and each goes by itself
+/// after that.
 ///
 /// A clone is another handle to the same records.
 ///
@@ -165,7 +170,10 @@ impl MySqlStore {
     /// The same records, with at most so many statements for claims and completions under way at
     /// once: those beyond travel together.
     ///
-    /// By default as many as pay, and no more than the pool has connections.
+    /// By default as many as pay, judged by what a statement takes that is alone, and no more than the
+    /// pool has connections.
+    ///
+    /// Other handles to this store go on as they are, and their calls do not travel with these.
     #[must_use]
     pub fn with_lanes(self, at_most: u32) -> Self {
         Self::assemble(self.0.pool.clone(), self.0.patience, at_most)

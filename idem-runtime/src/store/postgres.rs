@@ -88,13 +88,20 @@ const SWEPT_AT_ONCE: usize = 500;
 ///  - A claim, and later a completion, takes a connection for one statement; none is held while a
 ///    handler runs, transactional ones aside. A handler that holds one itself needs another one to
 ///    be free.
+///  - There are as many statements under way at once as pay: few where the database is near and its
+///    disk fast, up to the size of the pool where a statement mostly waits. What comes beyond that
+///    travels together, in one statement ([`with_lanes`](Self::with_lanes),
+///    [`bundled`](Self::bundled)). A statement that waits for a row holds up all that travel in it:
+///    pools of idem's own set `lock_timeout = 1s`, after which each goes by itself.
 ///  - `test_before_acquire`, which sqlx has on by default, costs each call one more round trip (a
 ///    fifth of the throughput on a fast network). Without it, a connection that has died is noticed
 ///    by the call that meets it, which then is made once more on one that was tried: every call can
 ///    be made twice. Turn it off in a pool that only idem uses.
 ///  - PostgreSQL keeps the plan of a prepared statement, and plans for a table as it is: while that
 ///    is almost empty, to read through it is cheapest, and stays the plan for up to a minute after
-///    a burst. Pools of idem's own set `enable_seqscan = off`; set it in a pool that only idem uses.
+///    a burst. Pools of idem's own set `enable_seqscan = off`, and `plan_cache_mode =
+///    force_generic_plan`, since no plan depends on what is asked; set them in a pool that only idem
+///    uses.
 ///  - TLS is sqlx's: without one of its features `tls-rustls` or `tls-native-tls`, which your own
 ///    `Cargo.toml` may turn on (`sqlx = { version = "0.9", features = ["tls-rustls"] }`),
 ///    connections are not encrypted, and `sslmode=require` is refused.
@@ -195,7 +202,10 @@ impl PostgresStore {
     /// The same records, with at most so many statements for claims and completions under way at
     /// once: those beyond travel together.
     ///
-    /// By default as many as pay, and no more than the pool has connections.
+    /// By default as many as pay, judged by what a statement takes that is alone, and no more than the
+    /// pool has connections.
+    ///
+    /// Other handles to this store go on as they are, and their calls do not travel with these.
     #[must_use]
     pub fn with_lanes(self, at_most: u32) -> Self {
         Self::assemble(self.0.pool.clone(), self.0.prepares, at_most)

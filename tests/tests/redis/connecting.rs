@@ -86,7 +86,7 @@ async fn a_user_of_its_own_needs_few_permissions() {
 #[tokio::test]
 async fn a_server_that_is_not_there_is_said_to_be() {
     let start = Instant::now();
-    let url = format!("redis://127.0.0.1:{}/", tests::servers::free_port());
+    let url = format!("redis://127.0.0.1:{}/", servers::free_port());
     let unreached = RedisStore::connect(url.as_str()).await.expect_err("nobody listens");
     assert_eq!(unreached.kind(), StoreErrorKind::Unreachable);
     let unreached = RedisStore::cluster([url.as_str()]).await.expect_err("nobody listens");

@@ -146,7 +146,7 @@ async fn a_master_that_became_a_replica_is_looked_up_again() {
         let count = info.lines().find_map(|line| line.strip_prefix("total_connections_received:"));
         count.and_then(|count| count.parse::<u32>().ok()).expect("a number")
     };
-    let nobody = tests::servers::free_port().to_string();
+    let nobody = servers::free_port().to_string();
     server.ask::<()>(&["REPLICAOF", "127.0.0.1", &nobody]).expect("an answer");
     let before = connections();
     let refused = store.claim(&any_claim()).await.expect_err("replicas take no writes");

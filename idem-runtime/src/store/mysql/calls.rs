@@ -154,9 +154,9 @@ impl Call for OpenAll<'_> {
         let mut made = 0;
         if self.0.iter().any(|claim| !claim.issued_only) {
             let insert = many::insert(self.0.iter().filter(|claim| !claim.issued_only), mark);
-            mark!("mysql.leased.insert_all.before");
+            mark!("mysql.leased.together.claims.before");
             let inserted = together(connection, insert).await?;
-            mark!("mysql.leased.insert_all.answered");
+            mark!("mysql.leased.together.claims.answered");
             match inserted {
                 Some(rows) => made = rows,
                 None => return Ok(vec![None; self.0.len()]),
@@ -212,9 +212,9 @@ impl Call for CompleteAll<'_> {
     /// One statement; a second one says which were written, if not all were.
     async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<Option<Written>>, Failure> {
         let update = many::complete(self.0);
-        mark!("mysql.leased.complete_all.before");
+        mark!("mysql.leased.together.completions.before");
         let written = together(connection, update).await?;
-        mark!("mysql.leased.complete_all.answered");
+        mark!("mysql.leased.together.completions.answered");
         let Some(written) = written else { return Ok(vec![None; self.0.len()]) };
         if written == self.0.len() as u64 {
             return Ok(self.0.iter().map(|_| Some(Written::Done)).collect());

@@ -1,8 +1,11 @@
-//! Real servers for the tests, from the packages of the system (feature `servers`).
+//! Real servers for tests and measurements, from the packages of the system, which
+//! `tests/install-servers` installs; and proxies that stand before them.
 //!
-//! Each runs in a directory of its own, on a free port of loopback, and dies with the test process,
-//! even if that is killed. The tests of one binary share one server, or start their own to stop,
-//! pause and kill it.
+//! Each server runs in a directory of its own, on a free port of loopback, and dies with the
+//! process that started it, even if that is killed. The tests of one binary share one server, or
+//! start their own to stop, pause and kill it.
+
+#![expect(clippy::expect_used, reason = "what cannot be set up fails whoever needs it")]
 
 pub mod lost_commits;
 pub mod mariadb;
@@ -77,7 +80,7 @@ impl Process {
         }
         words.extend(command(&directory));
         let mut guard = Command::new("sh");
-        guard.args(["-c", include_str!("servers/guard.sh"), "guard"]);
+        guard.args(["-c", include_str!("guard.sh"), "guard"]);
         guard.arg(&directory).args(words);
         guard.stdin(Stdio::piped()).stdout(Stdio::piped());
         // Out of reach of whoever interrupts the tests from the keyboard.

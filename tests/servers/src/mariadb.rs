@@ -1,38 +1,41 @@
-//! PostgreSQL.
+//! MariaDB.
 
 use std::{
-    cmp::Reverse,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, OnceLock},
     thread,
 };
 
-use sqlx::{ConnectOptions as _, Connection as _, PgConnection, postgres::PgConnectOptions};
+use sqlx::{ConnectOptions as _, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
 
-use super::{Goodbye, Process, free_port, program, words};
+use crate::{Goodbye, Process, free_port, program, words};
 
-/// Names a server to use instead of one that the tests start; its user must be allowed to create
-/// databases.
-const URL: &str = "IDEM_TEST_POSTGRES_URL";
+/// Names a MariaDB or MySQL server to use instead of one that the tests start; its user must be
+/// allowed to create databases.
+const URL: &str = "IDEM_TEST_MYSQL_URL";
 
-/// Makes the cluster, unless it is there, and becomes the server.
+/// Makes the system tables, unless they are there, and becomes the server.
 ///
-/// Without `fsync`: that protects what was written when the machine crashes, and not when the
-/// server does.
+/// Without a flush at each commit: that protects what was written when the machine crashes, and not
+/// when the server does.
 const RUN: &str = r#"
-bin=$1 data=$2 port=$3
-shift 3
-[ -e "$data/PG_VERSION" ] ||
-    "$bin/initdb" -D "$data" -U postgres --auth=trust --encoding=UTF8 --locale=C --no-sync || exit
-exec "$bin/postgres" -D "$data" -p "$port" -c listen_addresses=127.0.0.1 \
-    -c unix_socket_directories= -c max_connections=300 -c shared_buffers=64MB \
-    -c dynamic_shared_memory_type=mmap -c fsync=off -c full_page_writes=off $*
+install=$1 server=$2 directory=$3 port=$4
+shift 4
+[ -e "$directory/data/installed" ] || {
+    "$install" --no-defaults --datadir="$directory/data" --tmpdir="$directory" --skip-test-db \
+        --auth-root-authentication-method=normal &&
+        touch "$directory/data/installed"
+} || exit
+exec "$server" --no-defaults --datadir="$directory/data" --tmpdir="$directory" \
+    --socket="$directory/socket" --pid-file="$directory/pid" --bind-address=127.0.0.1 \
+    --port="$port" --skip-name-resolve --max-connections=600 --innodb-buffer-pool-size=64M \
+    --innodb-flush-log-at-trx-commit=2 $*
 "#;
 
-/// A PostgreSQL server.
+/// A MariaDB server.
 #[derive(Debug)]
-pub struct Postgres {
+pub struct MariaDb {
     url: String,
     /// Unless the server is somebody else's.
     process: Option<Process>,
@@ -45,15 +48,15 @@ pub struct Database(Arc<Dropped>);
 #[derive(Debug)]
 struct Dropped {
     url: String,
-    options: PgConnectOptions,
+    options: MySqlConnectOptions,
     /// Where and under which name to drop it; `None` if the whole server goes away.
     drop: Option<(String, String)>,
 }
 
-impl Postgres {
+impl MariaDb {
     /// The server that all tests of this binary share.
     pub fn shared() -> &'static Self {
-        static SHARED: OnceLock<Postgres> = OnceLock::new();
+        static SHARED: OnceLock<MariaDb> = OnceLock::new();
         SHARED.get_or_init(|| match std::env::var(URL) {
             Ok(url) => Self { url, process: None },
             Err(_) => Self::start_own(),
@@ -65,39 +68,44 @@ impl Postgres {
         Self::start_own_with("")
     }
 
-    /// A server of the test's own with settings of its own, as in `-c fsync=on -c work_mem=1MB`.
+    /// A server of the test's own with settings of its own, as in `--log-bin --server-id=1`.
     pub fn start_own_with(settings: &str) -> Self {
-        let bin = bin();
+        let install = program("mariadb-install-db", &[]);
+        let server = program("mariadbd", &["/usr/sbin".into()]);
         // A port that was free may be taken before the server has it.
         for _ in 0..3 {
             let port = free_port().to_string();
-            let process = Process::start("postgres", "postgres", |directory| {
-                let data = directory.join("data");
-                words([&"sh", &"-c", &RUN, &"postgres", &bin, &data, &port, &settings])
+            let process = Process::start("mariadb", "mysql", |directory| {
+                words([
+                    &"sh", &"-c", &RUN, &"mariadb", &install, &server, &directory, &port, &settings,
+                ])
             });
-            let postgres = Self {
-                url: format!("postgres://postgres@127.0.0.1:{port}/postgres"),
-                process: Some(process),
-            };
-            if postgres.is_ready() {
-                return postgres;
+            let mariadb =
+                Self { url: format!("mysql://root@127.0.0.1:{port}"), process: Some(process) };
+            if mariadb.is_ready() {
+                return mariadb;
             }
-            eprintln!("PostgreSQL ended as it started: {}", postgres.process().log());
+            eprintln!("MariaDB ended as it started: {}", mariadb.process().log());
         }
-        panic!("PostgreSQL does not start");
+        panic!("MariaDB does not start");
     }
 
     /// An empty database on this server.
     pub async fn database(&self) -> Database {
         let name = format!("idem_test_{:016x}", rand::random::<u64>());
-        let mut connection = PgConnection::connect(&self.url).await.expect("a connection");
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("a connection");
         let create = sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"));
         sqlx::raw_sql(create).execute(&mut connection).await.expect("a database");
-        let options: PgConnectOptions = self.url.parse().expect("a URL");
+        let options: MySqlConnectOptions = self.url.parse().expect("a URL");
         let options = options.database(&name);
         let url = options.to_url_lossy().to_string();
         let drop = self.process.is_none().then(|| (self.url.clone(), name));
         Database(Arc::new(Dropped { url, options, drop }))
+    }
+
+    /// The URL of the server itself, for whoever asks about it.
+    pub fn maintenance_url(&self) -> &str {
+        &self.url
     }
 
     /// Where the server keeps what it has. It goes away with the server.
@@ -110,12 +118,12 @@ impl Postgres {
         self.process().pid()
     }
 
-    /// Kills the server with all its connections (`SIGKILL`).
+    /// Kills the server (`SIGKILL`).
     pub fn kill(&self) {
         self.process().kill();
     }
 
-    /// Stops time for the server with all its connections (`SIGSTOP`).
+    /// Stops time for the server (`SIGSTOP`): connections stay open, and nobody answers.
     pub fn pause(&self) {
         self.process().pause();
     }
@@ -127,14 +135,14 @@ impl Postgres {
 
     /// Shuts the server down without waiting for its clients to go.
     pub fn stop(&self) {
-        self.process().stop(Goodbye::Interrupt);
+        self.process().stop(Goodbye::Terminate);
     }
 
     /// Starts the server again after [`stop`](Self::stop) or [`kill`](Self::kill), with the same
     /// data and at the same address.
     pub fn restart(&self) {
         self.process().start_again();
-        assert!(self.is_ready(), "PostgreSQL does not start again: {}", self.process().log());
+        assert!(self.is_ready(), "MariaDB does not start again: {}", self.process().log());
     }
 
     /// What the server has logged.
@@ -149,12 +157,11 @@ impl Postgres {
     /// Waits until it takes connections; `false` if it ended instead.
     fn is_ready(&self) -> bool {
         let process = self.process();
-        let file = process.directory().join("data/postmaster.pid");
+        let file = process.directory().join("pid");
         let pid = process.pid().to_string();
         process.wait_until(|| {
-            // The file of a server that was killed is still there: its first line is another one's.
-            let lines = fs::read_to_string(&file).unwrap_or_default();
-            lines.lines().next() == Some(&pid) && lines.trim_end().ends_with("\nready")
+            // The file of a server that was killed is still there.
+            fs::read_to_string(&file).unwrap_or_default().trim() == pid
         })
     }
 }
@@ -166,7 +173,7 @@ impl Database {
     }
 
     /// How to connect to it.
-    pub fn options(&self) -> PgConnectOptions {
+    pub fn options(&self) -> MySqlConnectOptions {
         self.0.options.clone()
     }
 }
@@ -178,8 +185,8 @@ impl Drop for Dropped {
         let dropping = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let mut connection = PgConnection::connect(&server).await?;
-                let drop = format!("DROP DATABASE {name} WITH (FORCE)");
+                let mut connection = MySqlConnection::connect(&server).await?;
+                let drop = format!("DROP DATABASE {name}");
                 sqlx::raw_sql(sqlx::AssertSqlSafe(drop)).execute(&mut connection).await
             })
         });
@@ -187,17 +194,4 @@ impl Drop for Dropped {
             eprintln!("a database of the tests is left on {URL}: {error}");
         }
     }
-}
-
-/// Where the newest PostgreSQL's programs are; Debian has them outside of the `PATH`.
-fn bin() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut versions: Vec<_> = versions.map(|version| version.path()).collect();
-    versions.sort_by_key(|version| {
-        let name = version.file_name().and_then(|name| name.to_str());
-        Reverse(name.and_then(|name| name.parse::<u32>().ok()))
-    });
-    let debian: Vec<_> = versions.into_iter().map(|version| version.join("bin")).collect();
-    let initdb = program("initdb", &debian);
-    initdb.parent().expect("its directory").to_owned()
 }

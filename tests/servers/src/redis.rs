@@ -9,7 +9,7 @@ use std::{
 
 use redis::{Client, FromRedisValue, RedisResult};
 
-use super::{Goodbye, PATIENCE, Process, free_port, program, words};
+use crate::{Goodbye, PATIENCE, Process, free_port, program, words};
 
 /// Names a server to use instead of one that the tests start.
 const URL: &str = "IDEM_TEST_REDIS_URL";

@@ -1,0 +1,398 @@
+//! The load: connections that are kept open, requests that are made beforehand but for their key,
+//! answers that are checked. It must be cheaper than the cheapest server.
+
+use std::{
+    io::{Error, Result},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bench::order::{OTHER_REQUEST, REQUEST};
+use memchr::memmem;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+/// The keys of a burst: those of each connection are numbered from 0.
+#[derive(Clone, Copy)]
+pub(crate) struct Keys(pub(crate) u32);
+
+impl Keys {
+    /// Spread over the whole range, as those of clients are, and never the same twice.
+    fn write(self, connection: usize, number: u32, into: &mut [u8]) {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let seed = u64::from(self.0) << 44 | (connection as u64) << 32 | u64::from(number);
+        let halves = [mixed(seed), mixed(!seed)];
+        let nibbles = halves.iter().flat_map(|half| (0..16).map(move |at| half >> (4 * at) & 15));
+        let places = (0..KEY).filter(|at| ![8, 13, 18, 23].contains(at));
+        for (place, nibble) in places.zip(nibbles) {
+            into[place] = DIGITS[nibble as usize];
+        }
+    }
+}
+
+/// The characters of a key, which looks like a UUID.
+const KEY: usize = 36;
+const BLANK_KEY: &str = "00000000-0000-0000-0000-000000000000";
+
+/// Mixes bits without losing any (SplitMix64).
+fn mixed(mut bits: u64) -> u64 {
+    bits = bits.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    bits ^ (bits >> 31)
+}
+
+/// A request without its key.
+#[derive(Clone)]
+struct Template {
+    bytes: Vec<u8>,
+    key: usize,
+    /// Where the session's cookie is.
+    session: Option<usize>,
+}
+
+impl Template {
+    fn new(path: &str, body: &str, session: Option<&str>) -> Self {
+        let cookie = session.map_or_else(String::new, |it| format!("cookie: session={it}\r\n"));
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: tenant-1\r\n\
+             idempotency-key: {BLANK_KEY}\r\n{cookie}content-type: application/json\r\n\
+             content-length: {}\r\n\r\n",
+            body.len()
+        );
+        let place = |what: &str| head.find(what);
+        Self {
+            key: place(BLANK_KEY).unwrap_or_default(),
+            session: session.and_then(place),
+            bytes: (head.clone() + body).into_bytes(),
+        }
+    }
+}
+
+/// What is asked in a burst.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// Under a key of its own each time.
+    Fresh,
+    /// What was asked before.
+    Again,
+    /// Something else under a key that was used before.
+    Other,
+    /// What is being done at the moment, under one key.
+    Held,
+}
+
+/// What must be answered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    /// Of the body, where it is known.
+    pub(crate) length: Option<usize>,
+}
+
+/// One connection that is kept open.
+struct Connection {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+    number: usize,
+}
+
+impl Connection {
+    async fn open(port: u16, number: usize) -> Result<Self> {
+        let stream = TcpStream::connect(("127.0.0.1", port)).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, buffer: vec![0; 4096], number })
+    }
+
+    /// Sends a request and reads its answer; the buffer begins with it then, and ends with what was
+    /// left of others.
+    async fn exchange(&mut self, request: &[u8]) -> Result<Answer> {
+        self.stream.write_all(request).await?;
+        let mut filled = 0;
+        loop {
+            let read = self.stream.read(&mut self.buffer[filled..]).await?;
+            if read == 0 {
+                return Err(Error::other("the connection was closed, or the answer is too long"));
+            }
+            filled += read;
+            let answer = &self.buffer[..filled];
+            let Some(head) = memmem::find(answer, b"\r\n\r\n") else { continue };
+            let length = memmem::find(&answer[..head], b"content-length: ");
+            let length = length.map(|at| number(&answer[at + 16..head]));
+            let length = length.ok_or_else(|| Error::other("an answer without its length"))?;
+            if filled < head + 4 + length {
+                continue;
+            }
+            if filled > head + 4 + length || !answer.starts_with(b"HTTP/1.1 ") {
+                return Err(Error::other("an answer that is none"));
+            }
+            return Ok(Answer { status: number(&answer[9..]) as u16, length: Some(length) });
+        }
+    }
+
+    /// Asks until the time is over, and at least once.
+    async fn drive(mut self, mut plan: Plan) -> Result<Driven> {
+        let mut latencies = Vec::with_capacity(1024);
+        let mut asked = 0;
+        let mut sent = Instant::now();
+        loop {
+            plan.fill(self.number, asked);
+            let answer = self.exchange(&plan.template.bytes).await?;
+            if answer.status != plan.expected.status
+                || plan.expected.length.is_some_and(|length| answer.length != Some(length))
+            {
+                let said = String::from_utf8_lossy(&self.buffer).into_owned();
+                let said = said.trim_end_matches('\0');
+                return Err(Error::other(format!("a wrong answer: {said}")));
+            }
+            asked += 1;
+            let now = Instant::now();
+            if now > plan.until {
+                return Ok(Driven { connection: self, latencies, asked });
+            }
+            latencies.push(now - sent);
+            sent = now;
+        }
+    }
+}
+
+fn number(text: &[u8]) -> usize {
+    let digits = text.iter().take_while(|byte| byte.is_ascii_digit());
+    digits.fold(0, |number, digit| 10 * number + usize::from(digit - b'0'))
+}
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn in_time<T>(until: Instant, answer: impl Future<Output = T>) -> Result<T> {
+    let answer = tokio::time::timeout_at(until.into(), answer).await;
+    answer.map_err(|_| Error::other("a request is not answered"))
+}
+
+/// What one connection does in a burst.
+struct Plan {
+    template: Template,
+    ask: Ask,
+    keys: Keys,
+    /// How many keys this connection has used before.
+    used: u32,
+    sessions: Arc<[String]>,
+    expected: Answer,
+    until: Instant,
+}
+
+impl Plan {
+    fn fill(&mut self, connection: usize, asked: u32) {
+        let number = match self.ask {
+            Ask::Fresh => asked,
+            Ask::Again | Ask::Other => asked % self.used,
+            Ask::Held => 0,
+        };
+        let connection = if self.ask == Ask::Held { 0 } else { connection };
+        let key = self.template.key;
+        self.keys.write(connection, number, &mut self.template.bytes[key..key + KEY]);
+        if let Some(at) = self.template.session {
+            // Each key belongs to one session.
+            let session = &self.sessions[(connection + number as usize * 7) % self.sessions.len()];
+            self.template.bytes[at..at + session.len()].copy_from_slice(session.as_bytes());
+        }
+    }
+}
+
+struct Driven {
+    connection: Connection,
+    /// Of what was answered in time.
+    latencies: Vec<Duration>,
+    /// With the last one, which was late.
+    asked: u32,
+}
+
+/// What a burst has come to.
+pub(crate) struct Burst {
+    /// How many answers came in time, and all of them.
+    pub(crate) in_time: usize,
+    pub(crate) answers: u64,
+    pub(crate) p50: Duration,
+    pub(crate) p99: Duration,
+}
+
+/// All connections to one server.
+pub(crate) struct Load {
+    port: u16,
+    connections: Vec<Connection>,
+    control: Connection,
+    sessions: Arc<[String]>,
+    /// The keys of the last fresh burst, and how many of them each connection has used.
+    last: (Keys, Vec<u32>),
+    next: u32,
+}
+
+/// How many sessions keys are spread over, where they belong to sessions.
+const SESSIONS: usize = 400;
+
+impl Load {
+    pub(crate) async fn new(port: u16, connections: usize, sessions: bool) -> Result<Self> {
+        let mut load = Self {
+            port,
+            connections: Vec::new(),
+            control: Connection::open(port, 0).await?,
+            sessions: [].into(),
+            last: (Keys(0), Vec::new()),
+            next: 1,
+        };
+        for number in 0..connections {
+            load.connections.push(Connection::open(port, number).await?);
+        }
+        if sessions {
+            let mut all = Vec::new();
+            for _ in 0..SESSIONS {
+                all.push(load.begin_session().await?);
+            }
+            load.sessions = all.into();
+        }
+        Ok(load)
+    }
+
+    async fn begin_session(&mut self) -> Result<String> {
+        let request = b"POST /session HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n";
+        self.control.exchange(request).await?;
+        let end = memmem::find(&self.control.buffer, b"\r\n\r\n").unwrap_or_default();
+        let head = String::from_utf8_lossy(&self.control.buffer[..end]);
+        let cookie = head.split("set-cookie: session=").nth(1);
+        let cookie = cookie.and_then(|rest| rest.split([';', '\r']).next());
+        Ok(cookie.ok_or_else(|| Error::other("no session"))?.to_owned())
+    }
+
+    async fn ask(&mut self, path: &str) -> Result<u64> {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        let answer = self.control.exchange(request.as_bytes()).await?;
+        let head = memmem::find(&self.control.buffer, b"\r\n\r\n").unwrap_or_default();
+        match answer.status {
+            200 => {
+                let length = answer.length.unwrap_or_default();
+                Ok(number(&self.control.buffer[head + 4..][..length]) as u64)
+            }
+            status => Err(Error::other(format!("{path} answers {status}"))),
+        }
+    }
+
+    /// How often a handler was executed.
+    pub(crate) async fn executed(&mut self) -> Result<u64> {
+        self.ask("/executed").await
+    }
+
+    /// Starts a request that goes on until [`release`](Self::release), under the key of the next
+    /// burst of [`Ask::Held`].
+    pub(crate) async fn hold(&mut self) -> Result<Holding> {
+        let mut connection = Connection::open(self.port, 0).await?;
+        let mut plan = self.plan(Ask::Held, Answer { status: 201, length: None }, Instant::now());
+        plan.fill(0, 0);
+        let mut holding = tokio::spawn(async move {
+            let answer = connection.exchange(&plan.template.bytes).await?;
+            let said = String::from_utf8_lossy(&connection.buffer);
+            Ok((answer, said.trim_end_matches('\0').to_owned()))
+        });
+        while self.ask("/held").await? == 0 {
+            if holding.is_finished() {
+                let (_, said) = (&mut holding).await??;
+                return Err(Error::other(format!("what should go on has ended: {said}")));
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(Holding(holding))
+    }
+
+    pub(crate) async fn release(&mut self, holding: Holding) -> Result<()> {
+        self.ask("/release").await?;
+        self.next += 1;
+        match in_time(Instant::now() + PATIENCE, holding.0).await???.0.status {
+            201 => Ok(()),
+            status => Err(Error::other(format!("the held request was answered with {status}"))),
+        }
+    }
+
+    fn plan(&self, ask: Ask, expected: Answer, until: Instant) -> Plan {
+        let path = if ask == Ask::Held { "/held" } else { "/orders" };
+        let body = if ask == Ask::Other { OTHER_REQUEST } else { REQUEST };
+        let session = self.sessions.first().map(String::as_str);
+        let keys = match ask {
+            Ask::Fresh | Ask::Held => Keys(self.next),
+            Ask::Again | Ask::Other => self.last.0,
+        };
+        let template = Template::new(path, body, session);
+        let sessions = Arc::clone(&self.sessions);
+        Plan { template, ask, keys, used: 0, sessions, expected, until }
+    }
+
+    /// Asks over this many connections at once, for this long.
+    pub(crate) async fn burst(
+        &mut self,
+        ask: Ask,
+        connections: usize,
+        time: Duration,
+        expected: Answer,
+    ) -> Result<Burst> {
+        let mut driving = JoinSet::new();
+        let idle = self.connections.split_off(connections);
+        let until = Instant::now() + time;
+        for connection in std::mem::take(&mut self.connections) {
+            let mut plan = self.plan(ask, expected, until);
+            plan.used = self.last.1.get(connection.number).copied().unwrap_or_default();
+            driving.spawn(connection.drive(plan));
+        }
+        let mut used = vec![0; connections];
+        let mut latencies = Vec::new();
+        let give_up = until + PATIENCE;
+        while !driving.is_empty() {
+            let Ok(driven) = in_time(give_up, driving.join_next()).await else {
+                let (held, left) = (self.ask("/held").await?, driving.len());
+                let error = format!("{left} requests are not answered; {held} handlers go on");
+                return Err(Error::other(error));
+            };
+            let Some(driven) = driven else { break };
+            let driven = driven??;
+            used[driven.connection.number] = driven.asked;
+            latencies.extend(driven.latencies);
+            self.connections.push(driven.connection);
+        }
+        self.connections.sort_by_key(|connection| connection.number);
+        self.connections.extend(idle);
+        let answers = used.iter().map(|asked| u64::from(*asked)).sum();
+        if ask == Ask::Fresh {
+            self.last = (Keys(self.next), used);
+            self.next += 1;
+        }
+        latencies.sort_unstable();
+        let at = |share: f64| {
+            let index = (share * latencies.len() as f64) as usize;
+            latencies.get(index).copied().unwrap_or(time)
+        };
+        Ok(Burst { in_time: latencies.len(), answers, p50: at(0.5), p99: at(0.99) })
+    }
+}
+
+/// A request that goes on.
+pub(crate) struct Holding(tokio::task::JoinHandle<Result<(Answer, String)>>);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn no_key_comes_twice() {
+        let mut keys = HashSet::new();
+        for (burst, connection, number) in
+            (0..4).flat_map(|b| (0..64).flat_map(move |c| (0..100).map(move |n| (b, c, n))))
+        {
+            let mut key = *b"00000000-0000-0000-0000-000000000000";
+            Keys(burst).write(connection, number, &mut key);
+            assert!(key.is_ascii() && key[8] == b'-');
+            assert!(keys.insert(key));
+        }
+    }
+}
