@@ -2,21 +2,60 @@
 
 #![expect(clippy::expect_used, reason = "a measurement that cannot go on has failed")]
 
+use std::time::Duration;
+
 use servers::{mariadb::MariaDb, postgres::Postgres, redis::Redis};
 use sqlx::{
-    AssertSqlSafe, Connection as _, MySqlConnection, PgConnection, Row as _, mysql::MySqlRow,
+    AssertSqlSafe, ConnectOptions as _, Connection as _, MySqlConnection, MySqlPool, PgConnection,
+    PgPool, Row as _,
+    mysql::{MySqlConnectOptions, MySqlPoolOptions, MySqlRow},
+    postgres::{PgConnectOptions, PgPoolOptions},
 };
 
 use crate::processes::family;
 
 /// Flushes at each commit. Checkpoints are asked for between measurements and not made within.
 const POSTGRES: &str = "-c fsync=on -c full_page_writes=on -c synchronous_commit=on \
-                        -c shared_buffers=1GB -c max_wal_size=16GB -c checkpoint_timeout=1h";
+                        -c shared_buffers=1GB -c max_wal_size=4GB -c checkpoint_timeout=1h";
 /// Flushes at each commit.
 const MARIADB: &str = "--innodb-flush-log-at-trx-commit=1 --innodb-buffer-pool-size=1G \
                        --innodb-log-file-size=1G";
-/// Flushes once a second, as most have it. The log is not rewritten within a measurement.
+/// The log is not rewritten within a measurement.
 const REDIS: &str = "--appendfsync everysec --auto-aof-rewrite-percentage 0";
+
+/// How many connections a pool has, idem's and everybody's.
+pub const CONNECTIONS: u32 = 16;
+/// How long a call may wait for one.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A pool with the settings that the documentation of idem's store recommends for one of its own.
+///
+/// # Panics
+///
+/// When the URL is none.
+pub fn postgres_pool(url: &str) -> PgPool {
+    let options: PgConnectOptions = url.parse().expect("a URL");
+    let options = options.disable_statement_logging();
+    PgPoolOptions::new()
+        .max_connections(CONNECTIONS)
+        .acquire_timeout(PATIENCE)
+        .test_before_acquire(false)
+        .connect_lazy_with(options.options([("enable_seqscan", "off"), ("jit", "off")]))
+}
+
+/// A pool with the settings that the documentation of idem's store recommends.
+///
+/// # Panics
+///
+/// When the URL is none.
+pub fn mariadb_pool(url: &str) -> MySqlPool {
+    let options: MySqlConnectOptions = url.parse().expect("a URL");
+    MySqlPoolOptions::new()
+        .max_connections(CONNECTIONS)
+        .acquire_timeout(PATIENCE)
+        .test_before_acquire(false)
+        .connect_lazy_with(options.disable_statement_logging())
+}
 
 /// What kind of server it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,13 +68,15 @@ pub enum Kind {
     Redis,
 }
 
-/// Whether old versions of rows are removed while it is measured.
+/// What a server is to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vacuum {
-    /// By nobody: tables are emptied between measurements.
-    Off,
-    /// In the background.
-    Auto,
+pub enum Records {
+    /// Those of a measurement: tables are emptied in between, and old versions of rows are removed
+    /// by nobody.
+    Few,
+    /// Many that stay: old versions are removed in the background. Redis keeps no log, which would
+    /// be of nothing but how they came there.
+    Many,
 }
 
 /// A server of the benchmark's own. It ends with this value.
@@ -51,16 +92,19 @@ pub enum Server {
 
 impl Server {
     /// Starts one.
-    pub fn start(kind: Kind, vacuum: Vacuum) -> Self {
+    pub fn start(kind: Kind, records: Records) -> Self {
+        let is_many = records == Records::Many;
         match kind {
             Kind::Postgres => {
-                let vacuum = if vacuum == Vacuum::Off { "off" } else { "on" };
-                Self::Postgres(Postgres::start_own_with(&format!(
-                    "{POSTGRES} -c autovacuum={vacuum}"
-                )))
+                let vacuum = if is_many { "on" } else { "off" };
+                let settings = format!("{POSTGRES} -c autovacuum={vacuum}");
+                Self::Postgres(Postgres::start_own_with(&settings))
             }
             Kind::MariaDb => Self::MariaDb(MariaDb::start_own_with(MARIADB)),
-            Kind::Redis => Self::Redis(Redis::start_own_with(REDIS)),
+            Kind::Redis => {
+                let log = if is_many { "no" } else { "yes" };
+                Self::Redis(Redis::start_own_with(&format!("{REDIS} --appendonly {log}")))
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 
 #[cfg(feature = "servers")]
 pub mod databases;
+pub mod keys;
 pub mod machine;
 pub mod order;
 pub mod plot;

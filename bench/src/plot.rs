@@ -9,6 +9,8 @@ use crate::statistics::{Quartiles, short};
 pub struct Panel {
     /// What it shows.
     pub title: String,
+    /// What the groups differ in.
+    pub axis: String,
     /// The names of the groups, from left to right.
     pub groups: Vec<String>,
     /// What is compared.
@@ -48,7 +50,7 @@ pub fn svg(title: &str, note: &str, panels: &[Panel]) -> String {
     let rows = names.len().div_ceil(columns);
     let width = LEFT + panels.len() as f64 * (WIDTH + GAP) - GAP + 20.0;
     let width = width.max(760.0);
-    let height = TOP + HEIGHT + 62.0 + 20.0 * rows as f64 + 24.0;
+    let height = TOP + HEIGHT + 76.0 + 20.0 * rows as f64 + 24.0;
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
          width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
@@ -58,7 +60,7 @@ pub fn svg(title: &str, note: &str, panels: &[Panel]) -> String {
     for (index, panel) in panels.iter().enumerate() {
         draw(&mut out, panel, LEFT + index as f64 * (WIDTH + GAP), &names);
     }
-    let legend = TOP + HEIGHT + 58.0;
+    let legend = TOP + HEIGHT + 70.0;
     let step = (width - LEFT) / columns as f64;
     for (index, name) in names.iter().enumerate() {
         let x = LEFT - 30.0 + step * (index % columns) as f64;
@@ -102,6 +104,8 @@ fn draw(out: &mut String, panel: &Panel, left: f64, names: &[&str]) {
             );
         }
     }
+    let middle = left + WIDTH / 2.0;
+    text(out, middle, TOP + HEIGHT + 36.0, "text-anchor=\"middle\" fill=\"#444\"", &panel.axis);
     let count = panel.series.len() as f64;
     for (position, series) in panel.series.iter().enumerate() {
         let look = names.iter().position(|name| *name == series.name).unwrap_or_default();
@@ -176,6 +180,7 @@ mod tests {
         let series = |name: &str, points| Series { name: name.to_owned(), points };
         let panel = Panel {
             title: "first < replay".to_owned(),
+            axis: "connections".to_owned(),
             groups: vec!["1".to_owned(), "64".to_owned()],
             series: vec![
                 series("one", vec![Some(point), Some(point)]),

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     machine::{Machine, results},
     plot::{Panel, Series, svg},
-    statistics::{Bound, Quartiles, Verdict, ratios, short},
+    statistics::{Bound, Quartiles, Verdict, counted, ratios, short},
 };
 
 /// The names of figures. Each is one number a round.
@@ -251,8 +251,7 @@ impl Report {
     }
 
     fn row(&self, cell: &Cell) -> Vec<(String, String)> {
-        let records =
-            cell.at.records.map(|records| (String::from("records"), short(records as f64)));
+        let records = cell.at.records.map(|records| (String::from("records"), counted(records)));
         let name = (String::new(), cell.at.contender.clone());
         let order = [
             figure::THROUGHPUT,
@@ -281,7 +280,8 @@ impl Report {
                 let _ = write!(heading, ", {}", reference.phase);
             }
             if reference.records != cell.at.records {
-                heading = format!("{figure} ÷ at {}", short(reference.records.unwrap_or(0) as f64));
+                heading =
+                    format!("{figure} ÷ at {}", counted(reference.records.unwrap_or_default()));
             }
             (heading, ratio.to_string())
         });
@@ -320,14 +320,9 @@ impl Report {
         text
     }
 
-    /// A panel of its plot: one ratio of each contender in each group.
-    pub fn panel(&self, title: &str, phase: &str, figure: &str, reference: &[&str]) -> Panel {
-        let ratios: Vec<_> = self
-            .ratios
-            .iter()
-            .filter(|it| it.at.phase == phase && it.figure == figure)
-            .filter(|it| reference.is_empty() || reference.contains(&&*it.reference.contender))
-            .collect();
+    /// A panel of its plot: of some ratios, one of each contender in each group.
+    pub fn panel(&self, title: &str, axis: &str, of: impl Fn(&Ratio) -> bool) -> Panel {
+        let ratios: Vec<_> = self.ratios.iter().filter(|it| of(it)).collect();
         let group = |at: &At| at.records.unwrap_or(at.callers);
         let mut groups: Vec<u64> = ratios.iter().map(|it| group(&it.at)).collect();
         groups.sort_unstable();
@@ -349,8 +344,8 @@ impl Report {
                 .collect(),
         });
         let series = series.collect();
-        let groups = groups.into_iter().map(|group| short(group as f64).replace(".00", ""));
-        Panel { title: title.to_owned(), groups: groups.collect(), series }
+        let groups = groups.into_iter().map(counted).collect();
+        Panel { title: title.to_owned(), axis: axis.to_owned(), groups, series }
     }
 
     /// Writes it, and its plot, where the results are; says where.

@@ -36,23 +36,26 @@ impl fmt::Display for Quartiles {
     }
 }
 
-/// A figure with as many digits as tell two of them apart.
+/// A figure, which is not negative, with as many digits as tell two of them apart.
 pub fn short(figure: f64) -> String {
-    match figure.abs() {
-        size if size >= 100.0 => {
-            let digits = format!("{:.0}", figure.abs());
-            let mut grouped = String::from(if figure < 0.0 { "-" } else { "" });
-            for (index, digit) in digits.chars().enumerate() {
-                if index > 0 && (digits.len() - index).is_multiple_of(3) {
-                    grouped.push(',');
-                }
-                grouped.push(digit);
-            }
-            grouped
-        }
+    match figure {
+        size if size >= 100.0 => counted(size.round() as u64),
         size if size >= 10.0 => format!("{figure:.1}"),
         _ => format!("{figure:.2}"),
     }
+}
+
+/// A number with its thousands apart.
+pub fn counted(number: u64) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
 }
 
 /// Round by round, one figure divided by another.

@@ -234,7 +234,11 @@ fn main() -> Result<(), Failure> {
     println!("{}", report.tables());
     let panels: Vec<_> = PROFILES
         .iter()
-        .map(|(profile, _)| report.panel(profile, profile, CPU_SECONDS, &["plain"]))
+        .map(|(profile, _)| {
+            report.panel(profile, "handlers", |ratio| {
+                ratio.at.phase == *profile && ratio.figure == CPU_SECONDS
+            })
+        })
         .collect();
     for file in report.write(&panels)? {
         println!("{}", file.display());

@@ -8,12 +8,12 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use bench::order::Order;
+use bench::{databases::postgres_pool, order::Order};
 use sha2::{Digest as _, Sha256};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
 use crate::{
-    contenders::{EFFECT, EFFECTS, FromPool, Pool, pool},
+    contenders::{EFFECT, EFFECTS, FromPool, Pool},
     server,
 };
 
@@ -75,7 +75,7 @@ fn answer(status: StatusCode, body: Vec<u8>) -> Response {
 }
 
 async fn routes(url: &str) -> (Router<Pool>, Pool) {
-    let pool = pool(url);
+    let pool = postgres_pool(url);
     for table in [TABLE, EFFECTS] {
         sqlx::raw_sql(table).execute(&pool).await.expect("a table");
     }

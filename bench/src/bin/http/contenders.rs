@@ -1,11 +1,9 @@
 //! Who is compared: the same small handler, each time made safe to retry by somebody else. A
 //! contender is one entry of [`CONTENDERS`] and the function that makes its router.
 
-use std::time::Duration;
-
 use axum::{Json, Router, extract::State, http::StatusCode, routing::post};
 use bench::{
-    databases::Kind,
+    databases::{Kind, mariadb_pool, postgres_pool},
     order::{Order, Receipt},
 };
 use futures_util::future::BoxFuture;
@@ -13,16 +11,9 @@ use idem_runtime::{
     Idempotency, Scope, Tx, idempotent,
     store::{MemoryStore, MySqlStore, PostgresStore, RedisStore, SqliteStore, Store},
 };
-use sqlx::{
-    ConnectOptions as _, PgPool, Postgres,
-    mysql::{MySqlConnectOptions, MySqlPoolOptions},
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::{PgPool, Postgres};
 
 use crate::{by_hand, server};
-
-/// How many connections a pool has.
-const CONNECTIONS: u32 = 16;
 
 /// A contender, and what is expected of it.
 pub(crate) struct Contender {
@@ -178,33 +169,13 @@ async fn redis(url: String) -> Router {
 }
 
 async fn mariadb(url: String) -> Router {
-    let options: MySqlConnectOptions = url.parse().expect("a URL");
-    let pool = MySqlPoolOptions::new()
-        .max_connections(CONNECTIONS)
-        .test_before_acquire(false)
-        .connect_lazy_with(options.disable_statement_logging());
-    let store = MySqlStore::new(pool);
+    let store = MySqlStore::new(mariadb_pool(&url));
     store.create_schema().await.expect("tables");
     idem(store)
 }
 
-/// With the settings that the store's documentation recommends for a pool that only idem uses; the
-/// hand-written handlers have the same.
-pub(crate) fn pool(url: &str) -> PgPool {
-    let options: PgConnectOptions = url.parse().expect("a URL");
-    PgPoolOptions::new()
-        .max_connections(CONNECTIONS)
-        .acquire_timeout(Duration::from_secs(30))
-        .test_before_acquire(false)
-        .connect_lazy_with(
-            options
-                .disable_statement_logging()
-                .options([("enable_seqscan", "off"), ("jit", "off")]),
-        )
-}
-
 async fn postgres_store(url: &str) -> PostgresStore {
-    let store = PostgresStore::new(pool(url));
+    let store = PostgresStore::new(postgres_pool(url));
     store.create_schema().await.expect("tables");
     store
 }
@@ -220,7 +191,7 @@ pub(crate) const EFFECT: &str = "INSERT INTO effects (number, receipt) VALUES ($
 
 async fn transactional(url: String) -> Router {
     let store = postgres_store(&url).await;
-    sqlx::raw_sql(EFFECTS).execute(&pool(&url)).await.expect("a table");
+    sqlx::raw_sql(EFFECTS).execute(&postgres_pool(&url)).await.expect("a table");
     Router::new()
         .route("/orders", post(transactional_order))
         .route("/held", post(transactional_held))

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bench::order::{OTHER_REQUEST, REQUEST};
+use bench::{
+    keys,
+    order::{OTHER_REQUEST, REQUEST},
+};
 use memchr::memmem;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -15,34 +18,17 @@ use tokio::{
     task::JoinSet,
 };
 
-/// The keys of a burst: those of each connection are numbered from 0.
-#[derive(Clone, Copy)]
-pub(crate) struct Keys(pub(crate) u32);
-
-impl Keys {
-    /// Spread over the whole range, as those of clients are, and never the same twice.
-    fn write(self, connection: usize, number: u32, into: &mut [u8]) {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let seed = u64::from(self.0) << 44 | (connection as u64) << 32 | u64::from(number);
-        let halves = [mixed(seed), mixed(!seed)];
-        let nibbles = halves.iter().flat_map(|half| (0..16).map(move |at| half >> (4 * at) & 15));
-        let places = (0..KEY).filter(|at| ![8, 13, 18, 23].contains(at));
-        for (place, nibble) in places.zip(nibbles) {
-            into[place] = DIGITS[nibble as usize];
-        }
-    }
-}
-
 /// The characters of a key, which looks like a UUID.
 const KEY: usize = 36;
 const BLANK_KEY: &str = "00000000-0000-0000-0000-000000000000";
 
-/// Mixes bits without losing any (SplitMix64).
-fn mixed(mut bits: u64) -> u64 {
-    bits = bits.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    bits ^ (bits >> 31)
+fn write_key(key: &[u8; 32], into: &mut [u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let places = (0..KEY).filter(|at| ![8, 13, 18, 23].contains(at));
+    let nibbles = key.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    for (place, nibble) in places.zip(nibbles) {
+        into[place] = DIGITS[usize::from(nibble)];
+    }
 }
 
 /// A request without its key.
@@ -176,7 +162,8 @@ async fn in_time<T>(until: Instant, answer: impl Future<Output = T>) -> Result<T
 struct Plan {
     template: Template,
     ask: Ask,
-    keys: Keys,
+    /// The burst whose keys are used.
+    burst: u32,
     /// How many keys this connection has used before.
     used: u32,
     sessions: Arc<[String]>,
@@ -193,7 +180,8 @@ impl Plan {
         };
         let connection = if self.ask == Ask::Held { 0 } else { connection };
         let key = self.template.key;
-        self.keys.write(connection, number, &mut self.template.bytes[key..key + KEY]);
+        let named = keys::key(self.burst, connection, number);
+        write_key(&named, &mut self.template.bytes[key..key + KEY]);
         if let Some(at) = self.template.session {
             // Each key belongs to one session.
             let session = &self.sessions[(connection + number as usize * 7) % self.sessions.len()];
@@ -225,8 +213,8 @@ pub(crate) struct Load {
     connections: Vec<Connection>,
     control: Connection,
     sessions: Arc<[String]>,
-    /// The keys of the last fresh burst, and how many of them each connection has used.
-    last: (Keys, Vec<u32>),
+    /// The last burst of fresh keys, and how many of them each connection has used.
+    last: (u32, Vec<u32>),
     next: u32,
 }
 
@@ -240,7 +228,7 @@ impl Load {
             connections: Vec::new(),
             control: Connection::open(port, 0).await?,
             sessions: [].into(),
-            last: (Keys(0), Vec::new()),
+            last: (0, Vec::new()),
             next: 1,
         };
         for number in 0..connections {
@@ -318,13 +306,13 @@ impl Load {
         let path = if ask == Ask::Held { "/held" } else { "/orders" };
         let body = if ask == Ask::Other { OTHER_REQUEST } else { REQUEST };
         let session = self.sessions.first().map(String::as_str);
-        let keys = match ask {
-            Ask::Fresh | Ask::Held => Keys(self.next),
+        let burst = match ask {
+            Ask::Fresh | Ask::Held => self.next,
             Ask::Again | Ask::Other => self.last.0,
         };
         let template = Template::new(path, body, session);
         let sessions = Arc::clone(&self.sessions);
-        Plan { template, ask, keys, used: 0, sessions, expected, until }
+        Plan { template, ask, burst, used: 0, sessions, expected, until }
     }
 
     /// Asks over this many connections at once, for this long.
@@ -362,7 +350,7 @@ impl Load {
         self.connections.extend(idle);
         let answers = used.iter().map(|asked| u64::from(*asked)).sum();
         if ask == Ask::Fresh {
-            self.last = (Keys(self.next), used);
+            self.last = (self.next, used);
             self.next += 1;
         }
         latencies.sort_unstable();
@@ -376,23 +364,3 @@ impl Load {
 
 /// A request that goes on.
 pub(crate) struct Holding(tokio::task::JoinHandle<Result<(Answer, String)>>);
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::*;
-
-    #[test]
-    fn no_key_comes_twice() {
-        let mut keys = HashSet::new();
-        for (burst, connection, number) in
-            (0..4).flat_map(|b| (0..64).flat_map(move |c| (0..100).map(move |n| (b, c, n))))
-        {
-            let mut key = *b"00000000-0000-0000-0000-000000000000";
-            Keys(burst).write(connection, number, &mut key);
-            assert!(key.is_ascii() && key[8] == b'-');
-            assert!(keys.insert(key));
-        }
-    }
-}

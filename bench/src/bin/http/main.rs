@@ -18,10 +18,10 @@ use std::{
 };
 
 use bench::{
-    databases::{Kind, Server, Vacuum},
+    databases::{Kind, Records, Server},
     order::{Order, REQUEST},
     processes::Meter,
-    report::{At, Goal, Report, figure},
+    report::{At, Goal, Ratio, Report, figure},
     statistics::Bound,
 };
 use clap::{Parser, Subcommand};
@@ -96,7 +96,7 @@ fn measure(options: &Options) -> Result<()> {
     // They run on all cores, and so start before this process confines itself to one.
     let mut databases = HashMap::new();
     for kind in contenders.iter().filter_map(|contender| contender.database) {
-        databases.entry(kind).or_insert_with(|| Server::start(kind, Vacuum::Off));
+        databases.entry(kind).or_insert_with(|| Server::start(kind, Records::Few));
     }
     pin(LOAD_CORE)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -158,9 +158,16 @@ async fn measure_all(
     }
     conclude(&mut report);
     println!("{}", report.tables());
+    let throughput = |phase: &'static str| {
+        move |ratio: &Ratio| {
+            ratio.at.phase == phase
+                && ratio.figure == figure::THROUGHPUT
+                && ratio.reference.contender == BARE
+        }
+    };
     let panels = [
-        report.panel("first requests ÷ bare axum", FIRST, figure::THROUGHPUT, &[BARE]),
-        report.panel("replays ÷ running it again, bare", REPLAY, figure::THROUGHPUT, &[BARE]),
+        report.panel("first requests ÷ bare axum", "connections", throughput(FIRST)),
+        report.panel("replays ÷ running it again, bare", "connections", throughput(REPLAY)),
     ];
     for path in report.write(&panels)? {
         println!("{}", path.display());
