@@ -281,7 +281,11 @@ impl Report {
         });
         let ratios = self.ratios.iter().filter(|ratio| ratio.at == cell.at);
         let ratios = ratios.map(|Ratio { figure, reference, ratio, .. }| {
-            let mut heading = format!("{figure} ÷ {}", reference.contender);
+            // One column for all of them.
+            let by_hand = format!("{} by hand", cell.at.contender);
+            let name =
+                if reference.contender == by_hand { "by hand" } else { &reference.contender };
+            let mut heading = format!("{figure} ÷ {name}");
             if reference.phase != cell.at.phase {
                 let _ = write!(heading, ", {}", reference.phase);
             }
