@@ -311,7 +311,6 @@ pub(crate) struct Attempt {
 }
 
 /// What is kept of an attempt before it ends.
-#[expect(clippy::large_enum_variant, reason = "most attempts have a journal")]
 #[derive(Debug)]
 enum Keeps {
     /// Nothing is claimed.
