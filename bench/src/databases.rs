@@ -16,7 +16,8 @@ use crate::processes::family;
 
 /// Flushes at each commit. Checkpoints are asked for between measurements and not made within.
 const POSTGRES: &str = "-c fsync=on -c full_page_writes=on -c synchronous_commit=on \
-                        -c shared_buffers=1GB -c max_wal_size=4GB -c checkpoint_timeout=1h";
+                        -c shared_buffers=1GB \
+                        -c min_wal_size=2GB -c max_wal_size=8GB -c checkpoint_timeout=1h";
 /// Flushes at each commit.
 const MARIADB: &str = "--innodb-flush-log-at-trx-commit=1 --innodb-buffer-pool-size=1G \
                        --innodb-log-file-size=1G";
@@ -172,8 +173,8 @@ impl Server {
         }
     }
 
-    /// How many bytes of log it has written.
-    pub async fn log_bytes(&self) -> f64 {
+    /// How many bytes of log it has written; `None` if it keeps no log.
+    pub async fn log_bytes(&self) -> Option<f64> {
         let bytes = match self {
             Self::Postgres(_) => {
                 self.ask_postgres("SELECT (pg_current_wal_insert_lsn() - '0/0')::text").await
@@ -184,10 +185,10 @@ impl Server {
             Self::Redis(server) => {
                 let info: String = server.ask(&["INFO", "persistence"]).expect("what it says");
                 let size = info.lines().find_map(|line| line.strip_prefix("aof_current_size:"));
-                size.expect("a size").trim().to_owned()
+                size?.trim().to_owned()
             }
         };
-        bytes.parse().expect("a number")
+        Some(bytes.parse().expect("a number"))
     }
 
     /// Empties the database of this URL and leaves its tables.

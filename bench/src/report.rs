@@ -32,6 +32,10 @@ pub mod figure {
     pub const BOTH_CPU: &str = "CPU µs on both sides";
     /// The share of one core that generating the load has used.
     pub const LOAD: &str = "load";
+    /// Instructions an operation, without those of SHA-256.
+    pub const INSTRUCTIONS: &str = "instructions";
+    /// Instructions an operation of SHA-256, where that is counted apart.
+    pub const DIGEST: &str = "of SHA-256, in software";
     /// What something took by the clock, in seconds.
     pub const SECONDS: &str = "seconds";
     /// CPU time that it took, in seconds.
@@ -259,6 +263,8 @@ impl Report {
             figure::P99,
             figure::CPU,
             figure::DATABASE_CPU,
+            figure::INSTRUCTIONS,
+            figure::DIGEST,
             figure::CPU_SECONDS,
             figure::SECONDS,
             figure::LOG_BYTES,
@@ -275,7 +281,11 @@ impl Report {
         });
         let ratios = self.ratios.iter().filter(|ratio| ratio.at == cell.at);
         let ratios = ratios.map(|Ratio { figure, reference, ratio, .. }| {
-            let mut heading = format!("{figure} ÷ {}", reference.contender);
+            // One column for all of them.
+            let by_hand = format!("{} by hand", cell.at.contender);
+            let name =
+                if reference.contender == by_hand { "by hand" } else { &reference.contender };
+            let mut heading = format!("{figure} ÷ {name}");
             if reference.phase != cell.at.phase {
                 let _ = write!(heading, ", {}", reference.phase);
             }

@@ -1,7 +1,10 @@
 //! Servers that are full, paused, killed and replaced.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -63,12 +66,18 @@ async fn a_full_server_takes_no_new_claims_and_still_takes_answers() {
 async fn connections_killed_in_mid_claim_make_nobody_its_own_duplicate() {
     let server = Redis::start_own();
     let store = RedisStore::connect(server.url()).await.expect("a connection");
+    let has_met = Arc::new(AtomicBool::new(false));
     let killer = std::thread::spawn({
         let client = Client::open(server.url()).expect("a URL");
+        let has_met = Arc::clone(&has_met);
         move || {
             let mut connection = client.get_connection().expect("a connection");
             let mut killed = 0;
-            for _ in 0..100 {
+            // On a busy machine hardly any claim is under way when its turn comes.
+            for n in 0..1_500 {
+                if n >= 100 && has_met.load(Ordering::Relaxed) {
+                    break;
+                }
                 let kill = ["KILL", "TYPE", "normal", "SKIPME", "yes"];
                 killed +=
                     Cmd::new().arg("CLIENT").arg(&kill).query::<u32>(&mut connection).expect("it");
@@ -95,6 +104,7 @@ async fn connections_killed_in_mid_claim_make_nobody_its_own_duplicate() {
         {
             assert_eq!(record.attempt, 1, "one claim is one attempt");
             retried += asked - 1;
+            has_met.fetch_or(retried > 0, Ordering::Relaxed);
         }
         let answers: Vec<_> = claims.iter().map(|claim| answer_of(claim, b"answer")).collect();
         join_all(answers.iter().map(async |answer| {

@@ -95,7 +95,7 @@ pub(crate) const CONTENDERS: &[Contender] = &[
         ..IDEM
     },
     Contender {
-        name: "two statements",
+        name: "postgres by hand",
         database: Some(Kind::Postgres),
         app: |url| Box::pin(by_hand::two_statements(url)),
         ..IDEM
@@ -107,7 +107,7 @@ pub(crate) const CONTENDERS: &[Contender] = &[
         ..IDEM
     },
     Contender {
-        name: "transaction by hand",
+        name: "transactional by hand",
         database: Some(Kind::Postgres),
         app: |url| Box::pin(by_hand::transaction(url)),
         ..IDEM

@@ -136,11 +136,11 @@ impl Connection {
             }
             asked += 1;
             let now = Instant::now();
+            latencies.push(now - sent);
+            sent = now;
             if now > plan.until {
                 return Ok(Driven { connection: self, latencies, asked });
             }
-            latencies.push(now - sent);
-            sent = now;
         }
     }
 }
@@ -192,17 +192,15 @@ impl Plan {
 
 struct Driven {
     connection: Connection,
-    /// Of what was answered in time.
     latencies: Vec<Duration>,
-    /// With the last one, which was late.
     asked: u32,
 }
 
 /// What a burst has come to.
 pub(crate) struct Burst {
-    /// How many answers came in time, and all of them.
-    pub(crate) in_time: usize,
     pub(crate) answers: u64,
+    /// Until the last of them.
+    pub(crate) time: Duration,
     pub(crate) p50: Duration,
     pub(crate) p99: Duration,
 }
@@ -325,7 +323,8 @@ impl Load {
     ) -> Result<Burst> {
         let mut driving = JoinSet::new();
         let idle = self.connections.split_off(connections);
-        let until = Instant::now() + time;
+        let start = Instant::now();
+        let until = start + time;
         for connection in std::mem::take(&mut self.connections) {
             let mut plan = self.plan(ask, expected, until);
             plan.used = self.last.1.get(connection.number).copied().unwrap_or_default();
@@ -348,17 +347,14 @@ impl Load {
         }
         self.connections.sort_by_key(|connection| connection.number);
         self.connections.extend(idle);
-        let answers = used.iter().map(|asked| u64::from(*asked)).sum();
+        let time = start.elapsed();
         if ask == Ask::Fresh {
             self.last = (self.next, used);
             self.next += 1;
         }
         latencies.sort_unstable();
-        let at = |share: f64| {
-            let index = (share * latencies.len() as f64) as usize;
-            latencies.get(index).copied().unwrap_or(time)
-        };
-        Ok(Burst { in_time: latencies.len(), answers, p50: at(0.5), p99: at(0.99) })
+        let at = |share: f64| latencies[(share * latencies.len() as f64) as usize];
+        Ok(Burst { answers: latencies.len() as u64, time, p50: at(0.5), p99: at(0.99) })
     }
 }
 

@@ -269,7 +269,7 @@ impl<'a> Target<'a> {
         let micros = |time: Duration| time.as_secs_f64() * 1e6;
         let each = |time: Duration| micros(time) / burst.answers as f64;
         let mut figures = vec![
-            (figure::THROUGHPUT, burst.in_time as f64 / time.as_secs_f64()),
+            (figure::THROUGHPUT, burst.answers as f64 / burst.time.as_secs_f64()),
             (figure::P50, micros(burst.p50)),
             (figure::P99, micros(burst.p99)),
             (figure::CPU, each(server)),
@@ -297,8 +297,8 @@ fn conclude(report: &mut Report) {
             report.compare(at, figure::CPU, &reference(BARE));
         }
         let by_hand = match &*at.contender {
-            "postgres" => "two statements",
-            "transactional" => "transaction by hand",
+            "postgres" => "postgres by hand",
+            "transactional" => "transactional by hand",
             "postgres, cached" => "postgres",
             _ => continue,
         };
@@ -308,7 +308,7 @@ fn conclude(report: &mut Report) {
         ("memory", FIRST, figure::THROUGHPUT, BARE, Bound::AtLeast(0.9)),
         ("memory", FIRST, figure::CPU, BARE, Bound::AtMost(1.15)),
         ("memory", REPLAY, figure::THROUGHPUT, BARE, Bound::AtLeast(1.35)),
-        ("transactional", FIRST, figure::THROUGHPUT, "transaction by hand", Bound::AtLeast(0.95)),
+        ("transactional", FIRST, figure::THROUGHPUT, "transactional by hand", Bound::AtLeast(0.95)),
         ("postgres, cached", REPLAY, figure::THROUGHPUT, "postgres", Bound::AtLeast(4.0)),
         ("postgres, cached", REPLAY, figure::THROUGHPUT, BARE, Bound::AtLeast(0.8)),
     ];

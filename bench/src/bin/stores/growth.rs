@@ -34,6 +34,10 @@ const SWEEPS: Duration = Duration::from_secs(1);
 const SWEPT_AT_ONCE: usize = 1_000;
 /// Bursts whose keys are those of records that stay.
 const FILLING: u32 = 1 << 19;
+/// How many callers use a store before it is measured.
+const WARMING: usize = 256;
+/// How long a step of filling may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of memory, and of disk, that a record may take at the most.
 const MEMORY: u64 = 1_100;
 const DISK: u64 = 2_500;
@@ -126,9 +130,11 @@ async fn measure_one(
         server.checkpoint().await;
     }
     report.settings.extend(settings(options, servers.iter()).await);
-    let most = options.callers.iter().copied().max().unwrap_or(1);
+    // Until each page has been touched since the checkpoint, PostgreSQL logs whole pages, and until
+    // it was read, a database reads it.
     for filled in &mut all {
-        filled.load.burst(Ask::First, most, Duration::from_secs(1)).await?;
+        let time = Duration::from_secs_f64(options.warm_up);
+        filled.load.burst(Ask::First, WARMING, time).await?;
     }
     let start = Instant::now();
     let time = Duration::from_secs_f64(options.seconds);
@@ -225,6 +231,10 @@ async fn fill(store: &str, place: &str, records: u64) -> Result<Arc<dyn Store>> 
     match store {
         "sqlite" => {
             drop((subject, opened));
+            // Its connections close in the background; the last one takes back the log.
+            while fs::exists(format!("{place}/records.db-wal"))? {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
             fill_sqlite(place, records)?;
             return open(store, place).await;
         }
@@ -333,7 +343,7 @@ async fn fill_mariadb(url: &str, records: u64) -> Result<()> {
 
 fn fill_sqlite(directory: &str, records: u64) -> Result<()> {
     let connection = rusqlite::Connection::open(format!("{directory}/records.db"))?;
-    // No store has it open, and it is not needed if this fails.
+    // Nobody else has it open, and it is not needed if this fails.
     connection.pragma_update(None, "journal_mode", "OFF")?;
     connection.pragma_update(None, "synchronous", "OFF")?;
     connection.pragma_update(None, "cache_size", -1_000_000)?;
@@ -379,13 +389,15 @@ fn fill_sqlite(directory: &str, records: u64) -> Result<()> {
 /// Repeats all keys that the store has made of one record: each is a prefix and some digits.
 async fn fill_redis(url: &str, records: u64) -> Result<()> {
     let client = redis::Client::open(url)?;
-    let mut connection = client.get_multiplexed_async_connection().await?;
+    let patient = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+    let mut connection = client.get_multiplexed_async_connection_with_config(&patient).await?;
     let names: Vec<String> = redis::cmd("KEYS").arg("idem:*").query_async(&mut connection).await?;
     let repeat = Script::new(
         "local digits = tonumber(ARGV[3])
          for n = tonumber(ARGV[4]), tonumber(ARGV[5]) do
-             local name = redis.sha1hex(n) .. redis.sha1hex(-n)
-             redis.call('RESTORE', KEYS[1] .. string.sub(name, 1, digits), ARGV[1], ARGV[2])
+             local name = redis.sha1hex(n)
+             name = KEYS[1] .. string.sub(name .. name, 1, digits)
+             redis.call('RESTORE', name, ARGV[1], ARGV[2])
          end",
     );
     for name in names {

@@ -21,9 +21,9 @@ pub(crate) enum Ask {
 }
 
 pub(crate) struct Burst {
-    /// How many were done in time, and all of them.
-    pub(crate) in_time: usize,
     pub(crate) done: u64,
+    /// Until the last of them was.
+    pub(crate) time: Duration,
     pub(crate) p50: Duration,
     pub(crate) p99: Duration,
 }
@@ -57,7 +57,8 @@ impl Load {
         time: Duration,
     ) -> Result<Burst> {
         let mut asking = JoinSet::new();
-        let until = Instant::now() + time;
+        let start = Instant::now();
+        let until = start + time;
         let burst = if ask == Ask::Replay { self.last.0 } else { self.next };
         for caller in 0..callers {
             let used = self.last.1.get(caller).copied().unwrap_or_default();
@@ -77,11 +78,11 @@ impl Load {
                     }
                     asked += 1;
                     let now = Instant::now();
+                    latencies.push(now - since);
+                    since = now;
                     if now > until {
                         return Result::Ok((caller, asked, latencies));
                     }
-                    latencies.push(now - since);
-                    since = now;
                 }
             });
         }
@@ -92,7 +93,7 @@ impl Load {
             used[caller] = asked;
             latencies.extend(its);
         }
-        let done = used.iter().map(|asked| u64::from(*asked)).sum();
+        let time = start.elapsed();
         match ask {
             Ask::First => {
                 self.last = (self.next, used);
@@ -102,10 +103,7 @@ impl Load {
             Ask::Replay => {}
         }
         latencies.sort_unstable();
-        let at = |share: f64| {
-            let index = (share * latencies.len() as f64) as usize;
-            latencies.get(index).copied().unwrap_or(time)
-        };
-        Ok(Burst { in_time: latencies.len(), done, p50: at(0.5), p99: at(0.99) })
+        let at = |share: f64| latencies[(share * latencies.len() as f64) as usize];
+        Ok(Burst { done: latencies.len() as u64, time, p50: at(0.5), p99: at(0.99) })
     }
 }

@@ -35,7 +35,7 @@ struct Options {
     rounds: usize,
     /// How long a burst of first claims lasts; one of replays is half as long, and one of refusals
     /// a quarter.
-    #[arg(long, default_value_t = 0.25)]
+    #[arg(long, default_value_t = 0.2)]
     seconds: f64,
     /// Who is compared; all of them unless it is said.
     #[arg(long, value_delimiter = ',')]
@@ -49,6 +49,9 @@ struct Options {
     /// Compares stores that already have so many records, instead, as in `10000,10000000`.
     #[arg(long, value_delimiter = ',')]
     records: Vec<u64>,
+    /// How long such a store is used before it is measured, in seconds.
+    #[arg(long, default_value_t = 20.0)]
+    warm_up: f64,
 }
 
 fn delay(text: &str) -> std::result::Result<Duration, String> {
@@ -253,7 +256,7 @@ async fn figures(
 ) -> Result<Vec<(&'static str, f64)>> {
     let own = vec![std::process::id()];
     let log = match database {
-        Some(database) => Some(database.log_bytes().await),
+        Some(database) => database.log_bytes().await,
         None => None,
     };
     let writers = database.map_or_else(|| own.clone(), Server::processes);
@@ -267,7 +270,7 @@ async fn figures(
     let micros = |time: Duration| time.as_secs_f64() * 1e6;
     let done = burst.done as f64;
     let mut figures = vec![
-        (figure::THROUGHPUT, burst.in_time as f64 / time.as_secs_f64()),
+        (figure::THROUGHPUT, done / burst.time.as_secs_f64()),
         (figure::P50, micros(burst.p50)),
         (figure::P99, micros(burst.p99)),
         (figure::CPU, micros(own) / done),
@@ -276,8 +279,10 @@ async fn figures(
     figures.extend(server.map(|server| (figure::DATABASE_CPU, micros(server) / done)));
     if ask == Ask::First {
         figures.push((figure::DISK_BYTES, disk as f64 / done));
-        if let (Some(database), Some(before)) = (database, log) {
-            figures.push((figure::LOG_BYTES, (database.log_bytes().await - before) / done));
+        if let (Some(database), Some(before)) = (database, log)
+            && let Some(after) = database.log_bytes().await
+        {
+            figures.push((figure::LOG_BYTES, (after - before) / done));
         }
     }
     Ok(figures)
