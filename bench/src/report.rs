@@ -32,6 +32,14 @@ pub mod figure {
     pub const BOTH_CPU: &str = "CPU µs on both sides";
     /// The share of one core that generating the load has used.
     pub const LOAD: &str = "load";
+    /// Instructions an operation, without those of SHA-256.
+    pub const INSTRUCTIONS: &str = "instructions";
+    /// Instructions an operation of SHA-256, where that is counted apart.
+    pub const DIGEST: &str = "of SHA-256, in software";
+    /// What something took by the clock, in seconds.
+    pub const SECONDS: &str = "seconds";
+    /// CPU time that it took, in seconds.
+    pub const CPU_SECONDS: &str = "CPU seconds";
     /// Bytes an operation of the database's log.
     pub const LOG_BYTES: &str = "bytes of log";
     /// Bytes an operation that were written to the disk.
@@ -255,6 +263,10 @@ impl Report {
             figure::P99,
             figure::CPU,
             figure::DATABASE_CPU,
+            figure::INSTRUCTIONS,
+            figure::DIGEST,
+            figure::CPU_SECONDS,
+            figure::SECONDS,
             figure::LOG_BYTES,
             figure::DISK_BYTES,
             figure::LOAD,

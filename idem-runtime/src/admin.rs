@@ -146,7 +146,7 @@ impl Admin<'_> {
         }
         let headers = answer.headers().iter();
         let headers: Vec<_> = headers
-            .filter(|(name, _)| !self.shared.left_out.contains(name))
+            .filter(|(name, _)| !self.shared.leaves_out(name.as_str()))
             .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
             .collect();
         let payload = RecordedResponse::encode(answer.status().as_u16(), &headers, answer.body());

@@ -253,6 +253,14 @@ impl Anchor {
         self.source.needs_arguments()
     }
 
+    /// The names of the headers that it reads.
+    pub(crate) fn headers(&self, into: &mut Vec<&'static str>) {
+        match self.source {
+            Source::All(anchors) => anchors.iter().for_each(|anchor| anchor.headers(into)),
+            source => into.extend(source.header()),
+        }
+    }
+
     /// Whether the client sent a key, well formed or not, as far as the head says. A parameter of
     /// the route is there whether it is meant as one or not.
     pub(crate) fn was_sent(&self, request: &AnchorRequest<'_>) -> bool {
@@ -444,6 +452,15 @@ impl Scope {
         Self(ScopeKind::One(Source::Argument))
     }
 
+    /// The names of the headers that it reads.
+    pub(crate) fn headers(&self, into: &mut Vec<&'static str>) {
+        match self.0 {
+            ScopeKind::Global => {}
+            ScopeKind::One(source) => into.extend(source.header()),
+            ScopeKind::All(scopes) => scopes.iter().for_each(|scope| scope.headers(into)),
+        }
+    }
+
     /// Whether it is the scope of everybody, which reads nothing.
     pub(crate) const fn is_global(&self) -> bool {
         matches!(self.0, ScopeKind::Global)
@@ -509,7 +526,12 @@ impl KeyRules {
     const SCOPE: Self = Self { format: None, longest: 8 * 1024 };
 
     fn check<'v>(&self, what: &'static str, value: &'v str) -> Result<Cow<'v, str>, AnchorError> {
-        if value.chars().any(char::is_control) {
+        // Of ASCII, as most values are, it is told without a decision for each byte.
+        let has_controls = match value.is_ascii() {
+            true => value.bytes().fold(false, |any, byte| any | byte.is_ascii_control()),
+            false => value.chars().any(char::is_control),
+        };
+        if has_controls {
             return Err(AnchorError::malformed(what, "control characters are not allowed"));
         }
         match self.format {
@@ -527,6 +549,13 @@ enum Quoting {
 }
 
 impl Source {
+    const fn header(self) -> Option<&'static str> {
+        match self {
+            Self::Header(name) => Some(name),
+            _ => None,
+        }
+    }
+
     fn needs_body(self) -> bool {
         match self {
             Self::BodyField(_) | Self::Custom(_) => true,
@@ -694,7 +723,7 @@ impl Format {
                 }
                 Ok(Cow::Owned(digits.to_ascii_lowercase()))
             }
-            Self::Text { min, max } => match value.chars().count() {
+            Self::Text { min, max } => match characters(value) {
                 0 => Err(AnchorError::malformed(what, "it is empty")),
                 length if length < min => {
                     let why = format!("it has {length} characters, fewer than {min}");
@@ -708,6 +737,10 @@ impl Format {
             },
         }
     }
+}
+
+fn characters(text: &str) -> usize {
+    if text.is_ascii() { text.len() } else { text.chars().count() }
 }
 
 /// RFC 9110 §5.6.2, `token`.

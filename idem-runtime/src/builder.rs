@@ -9,13 +9,15 @@ use std::{
 use futures_util::future::BoxFuture;
 use http::HeaderName;
 
+#[cfg(feature = "cache")]
+use crate::store::{Cached, ReplayCache};
 use crate::{
     anchor::Scope,
     engine::{Carry, Idempotency, Shared, closed},
     key::Digester,
     leases::Leases,
     observer::{Observer, Tracing},
-    policy::Options,
+    policy::{Options, Policies},
     record::RecordedResponse,
     refusal::{ProblemDocuments, Refusals},
     seal::Seal,
@@ -77,6 +79,8 @@ pub struct Builder<S> {
     left_out: Vec<HeaderName>,
     operation_header: Option<HeaderName>,
     carry: Option<Carry>,
+    #[cfg(feature = "cache")]
+    replay_cache: Option<ReplayCache>,
 }
 
 impl<S: fmt::Debug> fmt::Debug for Builder<S> {
@@ -137,6 +141,8 @@ impl Idempotency {
             left_out: LEFT_OUT.to_vec(),
             operation_header: Some(OPERATION),
             carry: None,
+            #[cfg(feature = "cache")]
+            replay_cache: Some(ReplayCache::new()),
         }
     }
 }
@@ -158,6 +164,8 @@ impl Builder<Unscoped> {
             left_out: self.left_out,
             operation_header: self.operation_header,
             carry: self.carry,
+            #[cfg(feature = "cache")]
+            replay_cache: self.replay_cache,
         }
     }
 }
@@ -167,9 +175,13 @@ impl Builder<Scoped> {
     pub fn build(self) -> Idempotency {
         let mut left_out = self.left_out;
         left_out.extend([REPLAYED, IGNORED].into_iter().chain(self.operation_header.clone()));
-        let store = match (self.seal, self.redact) {
-            (None, None) => self.store,
-            (seal, redact) => Arc::new(Sealed { store: self.store, veil: Veil { seal, redact } }),
+        let (store, veil) = (self.store, Veil { seal: self.seal, redact: self.redact });
+        // Behind the seal: what is kept is sealed as the store has it.
+        #[cfg(feature = "cache")]
+        let (store, replays) = Cached::over(store, self.replay_cache, &veil);
+        let store = match veil {
+            Veil { seal: None, redact: None } => store,
+            veil => Arc::new(Sealed { store, veil }),
         };
         Idempotency {
             shared: Arc::new(Shared {
@@ -177,13 +189,16 @@ impl Builder<Scoped> {
                 digester: self.digester,
                 options: self.options,
                 scope: self.scope.0,
+                policies: Policies::default(),
                 limits: self.limits,
                 observer: self.observer,
                 refusals: self.refusals,
                 documentation: self.documentation,
-                left_out,
+                left_out: left_out.iter().map(|name| name.as_str().into()).collect(),
                 operation_header: self.operation_header,
                 carry: self.carry,
+                #[cfg(feature = "cache")]
+                replays,
                 leases: Leases::default(),
                 waits: Waits::default(),
                 background: closed(),
@@ -354,6 +369,42 @@ impl<S> Builder<S> {
     /// not as unknown, and cannot be issued again. Default: 24 hours.
     pub fn remember_expired(mut self, time: Duration) -> Self {
         self.limits.remember_expired = time;
+        self
+    }
+
+    /// How completed records of a [remote](Store::is_remote) store (PostgreSQL, MySQL, MariaDB,
+    /// Redis) are kept at hand in this process, so that a repetition is answered without a call of
+    /// the store; `None` keeps none. Default: [`ReplayCache::new`], at most 32 MiB and at most ten
+    /// seconds old. Over other stores it does nothing.
+    ///
+    /// What is kept was read from the store: a record from its first replay on, checked against the
+    /// request's fingerprint, and sealed if it is sealed there. It is replayed for no longer than
+    /// the record is valid, and for no longer than [`max_age`](ReplayCache::max_age) without asking
+    /// the store again. Nothing that is running or that ended without an answer is ever kept;
+    /// claims, mismatches, waiting, look-ups and operators always go to the store, and so nothing
+    /// ever runs because of what is kept here.
+    ///
+    /// A completed record does not change, but it can go away before its time: by a
+    /// [purge](crate::Admin::purge) or because the store has lost it. A purge through this engine
+    /// that was answered takes effect at once. **After a purge through another engine, as in an
+    /// operators' tool, this one may go on for up to `max_age` to answer repetitions of the purged
+    /// request with its old answer, where they would run again**; other requests with the key are
+    /// not concerned. A purge whose call failed or was given up may have been made by the store
+    /// later, and counts as one through another engine. Time in which the machine is suspended does
+    /// not count.
+    ///
+    /// ```
+    /// # use idem_runtime::{Idempotency, Scope, store::MemoryStore};
+    /// # let store = MemoryStore::new();
+    /// let idem = Idempotency::builder(store)
+    ///     .scope(Scope::header("X-API-Key"))
+    ///     .replay_cache(None)
+    ///     .build();
+    /// # let _ = idem;
+    /// ```
+    #[cfg(feature = "cache")]
+    pub fn replay_cache(mut self, cache: impl Into<Option<ReplayCache>>) -> Self {
+        self.replay_cache = cache.into();
         self
     }
 

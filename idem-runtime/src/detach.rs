@@ -40,41 +40,38 @@ impl<T: Send + 'static> Future for FinishAnyway<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
-        if this.started.is_none() {
-            // Taken now and not when the future is dropped: that may happen outside the runtime
-            // and outside the request's span.
-            this.started = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
-        }
         // Taken out while it is polled: work that panics is over, and cannot go on elsewhere.
         let Some(mut work) = this.work.take() else { return Poll::Pending };
         let answer = work.poll_unpin(cx);
         if answer.is_pending() {
             this.work = Some(work);
+            // Taken now and not when the future is dropped: that may happen outside the runtime and
+            // outside the request's span. Before it has waited once it cannot be dropped half-way.
+            if this.started.is_none() {
+                this.started = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
+            }
         }
         answer
     }
 }
 
 impl Shared {
-    /// The future of a handler or a function in whatever the application wraps it in; `None` if that
+    /// What a handler or a function comes to, in whatever the application wraps it in; `None` if that
     /// threw it away.
-    pub(crate) fn carried<T: Send + 'static>(
+    pub(crate) async fn carried<T: Send + 'static>(
         &self,
-        work: BoxFuture<'static, T>,
-    ) -> BoxFuture<'static, Option<T>> {
-        let Some(carry) = &self.carry else { return work.map(Some).boxed() };
+        work: impl FnOnce() -> BoxFuture<'static, T> + Send + 'static,
+    ) -> Option<T> {
+        let Some(carry) = &self.carry else { return Some(work().await) };
         let (send, receive) = oneshot::channel();
         let wrapped = carry(
             async move {
-                let _ = send.send(work.await);
+                let _ = send.send(work().await);
             }
             .boxed(),
         );
-        async move {
-            wrapped.await;
-            receive.await.ok()
-        }
-        .boxed()
+        wrapped.await;
+        receive.await.ok()
     }
 }
 

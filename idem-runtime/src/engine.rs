@@ -3,6 +3,7 @@
 //! It knows no web framework and no driver: it is asked with a [`Call`] and answers with an
 //! [`Admission`]; its stores are behind the [`Store`] trait.
 
+pub(crate) mod deadline;
 pub(crate) mod transaction;
 
 use std::{
@@ -14,7 +15,10 @@ use std::{
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use bytes::Bytes;
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, Either},
+};
 use http::HeaderName;
 use tokio::{
     runtime::Handle,
@@ -23,7 +27,9 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use self::transaction::InTransaction;
+use self::{deadline::within, transaction::InTransaction};
+#[cfg(feature = "cache")]
+use crate::store::Replays;
 use crate::{
     anchor::Scope,
     builder::Limits,
@@ -32,12 +38,11 @@ use crate::{
     leases::Leases,
     observer::{Event, Observer, Outcome},
     operation::{Attempt, Journal},
-    policy::{Mode, Options, Resolved, StoreOutage},
+    policy::{Mode, Options, Policies, Policy, Resolved, StoreOutage},
     record::{Answer, FORMAT, Fingerprint, Flags, Progress, Record, State, Ttl},
     refusal::{Refusal, RefusalKind, Refusals},
     store::{
-        Checkpoint, Claim, Claimed, Completion, Issue, Renewal, Store, StoreError, StoreErrorKind,
-        Written,
+        Checkpoint, Claim, Claimed, Completion, Issue, Store, StoreError, StoreErrorKind, Written,
     },
     waits::{News, Waits},
 };
@@ -78,15 +83,19 @@ pub(crate) struct Shared {
     pub(crate) digester: Digester,
     pub(crate) options: Options,
     pub(crate) scope: Scope,
+    pub(crate) policies: Policies,
     pub(crate) limits: Limits,
     pub(crate) observer: Arc<dyn Observer>,
     pub(crate) refusals: Arc<dyn Refusals>,
     pub(crate) documentation: Option<Arc<str>>,
-    /// Headers that are not recorded.
-    pub(crate) left_out: Vec<HeaderName>,
+    /// The names of headers that are not recorded.
+    pub(crate) left_out: Box<[Box<str>]>,
     /// The header that names the operation, if there is to be one.
     pub(crate) operation_header: Option<HeaderName>,
     pub(crate) carry: Option<Carry>,
+    /// Completed records that the store was asked for a moment ago.
+    #[cfg(feature = "cache")]
+    pub(crate) replays: Option<Replays>,
     pub(crate) leases: Leases,
     pub(crate) waits: Waits,
     /// Handlers and unfinished records that go on although nobody waits for them.
@@ -139,35 +148,38 @@ pub(crate) fn closed() -> TaskTracker {
     tracker
 }
 
-/// A request, or the call of a plain function, as the engine sees it.
+/// A request, or the call of a plain function, as the engine sees it: what it asks of the store,
+/// under a token of its own, and by which policy.
 pub(crate) struct Call {
-    pub(crate) key: Key,
-    pub(crate) scope: ScopeDigest,
-    pub(crate) operation: Arc<str>,
-    pub(crate) fingerprint: Fingerprint,
-    pub(crate) policy: Resolved,
+    pub(crate) claim: Box<Claim>,
+    pub(crate) policy: Arc<Resolved>,
 }
 
 impl Call {
-    /// What it asks of the store, under a token of its own.
-    fn claim(&self, operation_id: OperationId) -> Claim {
-        Claim {
-            key: self.key,
-            scope: self.scope,
-            operation: Arc::clone(&self.operation),
-            operation_id,
-            fingerprint: self.fingerprint.clone(),
+    pub(crate) fn new(
+        (key, scope): (Key, ScopeDigest),
+        operation: Arc<str>,
+        fingerprint: Fingerprint,
+        policy: Arc<Resolved>,
+    ) -> Self {
+        let claim = Claim {
+            key,
+            scope,
+            operation,
+            operation_id: OperationId::random(),
+            fingerprint,
             token: Token::random(),
-            lease: self.policy.lease,
-            ttl: self.policy.ttl,
-            issued_only: self.policy.issued,
+            lease: policy.lease,
+            ttl: policy.ttl,
+            issued_only: policy.issued,
             // To find out what happened is a run as well, and only one at a time may do it.
-            on_unknown: match self.policy.on_unknown {
+            on_unknown: match policy.on_unknown {
                 OnUnknown::Recover => OnUnknown::Rerun,
                 on_unknown => on_unknown,
             },
             format: FORMAT,
-        }
+        };
+        Self { claim: Box::new(claim), policy }
     }
 }
 
@@ -198,56 +210,67 @@ pub(crate) enum Admission {
     /// With what the store failed with, where that is the reason.
     Refuse(Refusal, Option<StoreError>),
     /// The same request is running, and its answer may be waited for.
-    Wait(Box<Claim>),
+    Wait(Call),
     /// The store could not be asked, and the policy says to run all the same.
     Unprotected,
 }
 
 /// Decides about a record that stands in the way of a claim, on the request's fingerprint under the
-/// record's own scheme.
+/// record's own scheme, which is returned where it is not the claim's.
 async fn judge(
     claim: &Claim,
     record: &Record,
     request: &mut dyn Comparable,
-) -> Result<(Decision, Fingerprint), RefusalKind> {
-    let ours = match record.fingerprint.scheme == claim.fingerprint.scheme {
-        true => Some(claim.fingerprint.clone()),
+) -> Result<(Decision, Option<Fingerprint>), RefusalKind> {
+    let mut theirs = None;
+    let same = match record.fingerprint.scheme == claim.fingerprint.scheme {
+        true => record.fingerprint.digest == claim.fingerprint.digest,
         false => match request.under_scheme(&record.fingerprint.scheme).await {
-            Compared::Fingerprint(fingerprint) => Some(fingerprint),
-            Compared::Other => None,
+            Compared::Fingerprint(fingerprint) => {
+                let same = fingerprint == record.fingerprint;
+                theirs = Some(fingerprint);
+                same
+            }
+            Compared::Other => false,
             Compared::Unable(kind) => return Err(kind),
         },
     };
-    let asked = Asked {
-        same: ours.as_ref() == Some(&record.fingerprint),
-        issued_only: claim.issued_only,
-        on_unknown: claim.on_unknown,
-    };
-    let ours = ours.unwrap_or_else(|| claim.fingerprint.clone());
-    Ok((decide(record.seen(), asked), ours))
+    let asked = Asked { same, issued_only: claim.issued_only, on_unknown: claim.on_unknown };
+    Ok((decide(record.seen(), asked), theirs))
 }
 
 impl Shared {
+    /// What a handler's policy comes to in this engine.
+    pub(crate) fn resolved(&self, policy: &'static Policy) -> Arc<Resolved> {
+        self.policies.resolved(policy, &self.options, self.scope)
+    }
+
     /// One call of the store, bounded in time.
-    pub(crate) async fn ask<T>(
+    pub(crate) fn ask<T>(
         &self,
-        call: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, StoreError> {
-        self.ask_for(self.limits.store_timeout, call).await
+        call: impl Future<Output = Result<T, StoreError>> + Unpin,
+    ) -> impl Future<Output = Result<T, StoreError>> {
+        self.ask_for(self.limits.store_timeout, call)
     }
 
     /// One call of the store, bounded by a time of its own. A store that panics is as good as one
     /// that cannot be reached: its call may have been made or not.
-    pub(crate) async fn ask_for<T>(
+    pub(crate) fn ask_for<T>(
         &self,
         at_most: Duration,
-        call: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, StoreError> {
-        match timeout(at_most, AssertUnwindSafe(call).catch_unwind()).await {
+        call: impl Future<Output = Result<T, StoreError>> + Unpin,
+    ) -> impl Future<Output = Result<T, StoreError>> {
+        let failed = |kind| Err(StoreError::new("idem", kind));
+        within(at_most, AssertUnwindSafe(call).catch_unwind()).map(move |answered| match answered {
             Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(StoreError::new("idem", StoreErrorKind::Unreachable)),
-            Err(_) => Err(StoreError::new("idem", StoreErrorKind::TimedOut)),
-        }
+            Ok(Err(_)) => failed(StoreErrorKind::Unreachable),
+            Err(_) => failed(StoreErrorKind::TimedOut),
+        })
+    }
+
+    /// Whether a header is not recorded.
+    pub(crate) fn leaves_out(&self, name: &str) -> bool {
+        self.left_out.iter().any(|left_out| **left_out == *name)
     }
 
     pub(crate) fn tell(
@@ -290,73 +313,82 @@ impl Shared {
     /// Claims the key for a request, or says what stands in its way.
     pub(crate) async fn admit(
         self: &Arc<Self>,
-        call: &Call,
+        mut call: Call,
         request: &mut dyn Comparable,
     ) -> Admission {
         if self.background.len() >= self.limits.detached {
-            return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
+            return self.refuse(&call, Refusal::new(RefusalKind::Busy), None);
         }
-        let mut claim = call.claim(OperationId::random());
+        if let Some((decision, record)) = self.at_hand(&call.claim) {
+            return self.answer(&call, decision, &record);
+        }
         // A record under another scheme may be claimable with the fingerprint of that scheme, and
         // may have changed when it is asked for again. Each turn is one atomic claim; a key that
         // changes this often is in flight.
         let mut late = false;
         for _ in 0..4 {
             let asked_at = Instant::now();
-            let record = match self.claim(&claim).await {
+            let record = match self.claim_since(asked_at, &call.claim).await {
                 // Whether the lease is still alive when its answer comes this late, only the store
                 // can say: under the same token it is the same claim.
-                Ok(Claimed::Granted(_)) if asked_at.elapsed() >= claim.lease / 2 => {
+                Ok(Claimed::Granted(_)) if asked_at.elapsed() >= call.claim.lease / 2 => {
                     late = true;
                     continue;
                 }
-                Ok(Claimed::Granted(record)) => {
-                    return self.granted(call, &claim, &record, asked_at).await;
-                }
+                Ok(Claimed::Granted(record)) => return self.granted(call, &record, asked_at),
                 Ok(Claimed::Found(record)) => record,
                 Ok(Claimed::Unknown) => {
-                    return self.refuse(call, Refusal::new(RefusalKind::UnknownKey), None);
+                    return self.refuse(&call, Refusal::new(RefusalKind::UnknownKey), None);
                 }
-                Err(error) => return self.outage(call, &claim, error),
+                Err(error) => return self.outage(&call, error),
             };
-            let (decision, ours) = match judge(&claim, &record, request).await {
+            let (decision, ours) = match judge(&call.claim, &record, request).await {
                 Ok(judged) => judged,
-                Err(kind) => return self.refuse_about(call, kind, &record),
+                Err(kind) => return self.refuse_about(&call, kind, &record),
             };
             match decision {
-                Decision::Run => claim.fingerprint = ours,
-                Decision::InFlight if call.policy.waits() => {
-                    return Admission::Wait(Box::new(claim));
-                }
-                decision => return self.answer(call, decision, &record),
+                Decision::Run => call.claim.fingerprint = ours.unwrap_or(call.claim.fingerprint),
+                Decision::InFlight if call.policy.waits() => return Admission::Wait(call),
+                decision => return self.answer(&call, decision, &record),
             }
         }
         if late {
             let too_late = StoreError::new("idem", StoreErrorKind::TimedOut);
-            return self.outage(call, &claim, too_late);
+            return self.outage(&call, too_late);
         }
-        self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+        self.refuse(&call, Refusal::new(RefusalKind::InFlight), None)
+    }
+
+    /// The record that answers a claim, without a call of the store, and how it does.
+    #[cfg(feature = "cache")]
+    fn at_hand(&self, claim: &Claim) -> Option<(Decision, Record)> {
+        self.replays.as_ref()?.find(claim)
+    }
+
+    /// Nothing is at hand without the feature.
+    #[cfg(not(feature = "cache"))]
+    const fn at_hand(&self, _: &Claim) -> Option<(Decision, Record)> {
+        None
     }
 
     /// Waits for the answer to a request that is running, which this one repeats.
     pub(crate) async fn wait(
         self: &Arc<Self>,
         call: &Call,
-        claim: &Claim,
         bound: Duration,
         request: &mut dyn Comparable,
     ) -> Admission {
         let bound = later(Instant::now(), bound);
+        let (key, in_transaction) = (call.claim.key, call.policy.transaction);
         let news = loop {
-            match self.waits.enter(self, call.key, call.policy.transaction).wait_until(bound).await
-            {
+            match self.waits.enter(self, key, in_transaction).wait_until(bound).await {
                 // On a runtime that is ending, the next one would be so at once: let it end.
                 News::Abandoned if Instant::now() < bound => tokio::task::yield_now().await,
                 news => break news,
             }
         };
         match news {
-            News::Ended(Some(record)) => match judge(claim, &record, request).await {
+            News::Ended(Some(record)) => match judge(&call.claim, &record, request).await {
                 // Nobody who waited runs: a thousand of them would be a thousand attempts.
                 Ok((Decision::Run, _)) => self.refuse_about(call, RefusalKind::InFlight, &record),
                 Ok((decision, _)) => self.answer(call, decision, &record),
@@ -410,35 +442,33 @@ impl Shared {
 
     /// Asks for a claim, and once more if the answer may have been lost: the token makes both one.
     pub(crate) async fn claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
-        let since = Instant::now();
-        mark!("leased.claim.before");
-        let answer = self.ask(mark!("leased.claim.sent" => self.store.claim(claim))).await;
-        mark!("leased.claim.answered");
-        match answer {
-            Err(error)
-                if error.kind().is_transient() && since.elapsed() < self.limits.store_timeout =>
-            {
-                self.ask(self.store.claim(claim)).await
+        self.claim_since(Instant::now(), claim).await
+    }
+
+    async fn claim_since(&self, since: Instant, claim: &Claim) -> Result<Claimed, StoreError> {
+        let mut is_first = true;
+        loop {
+            mark!("leased.claim.before");
+            let sent = mark!("leased.claim.sent" => self.store.claim(claim));
+            let answer = self.ask(sent).await;
+            mark!("leased.claim.answered");
+            let may_be_lost = answer.as_ref().is_err_and(|error| error.kind().is_transient());
+            if !(is_first && may_be_lost && since.elapsed() < self.limits.store_timeout) {
+                return answer;
             }
-            answer => answer,
+            is_first = false;
         }
     }
 
-    async fn granted(
-        self: &Arc<Self>,
-        call: &Call,
-        claim: &Claim,
-        record: &Record,
-        since: Instant,
-    ) -> Admission {
-        let (key, token, lease) = (claim.key, claim.token, claim.lease);
+    /// Holds a claim that was granted.
+    fn granted(self: &Arc<Self>, call: Call, record: &Record, since: Instant) -> Admission {
         let mut progress = match Progress::decode(&record.payload) {
             Ok(progress) => progress,
             Err(corrupt) => {
-                self.take_back(claim);
+                self.take_back(&call.claim);
                 let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
                 let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                return self.refuse(call, refusal.about(record.operation_id), Some(error));
+                return self.refuse(&call, refusal.about(record.operation_id), Some(error));
             }
         };
         // The steps of an operation that was forgotten are not this one's.
@@ -446,33 +476,19 @@ impl Shared {
             progress.steps.clear();
             progress.steps_of = Some(record.operation_id);
         }
-        let journal = Journal::new(Arc::downgrade(self), key, token, progress);
+        let Call { claim, policy } = call;
+        let journal = Journal::new(Arc::downgrade(self), claim.key, claim.token, progress);
         let attempt = Attempt::new(record.operation_id, record.attempt, Some(journal));
-        let renewal = Renewal { key, token, lease };
-        let must_yield = self.leases.hold(self, renewal, since, &claim.operation, &attempt);
-        let held = Held { shared: Arc::clone(self), key, token };
+        let must_yield = self.leases.hold(self, &claim, since, &attempt);
         // Who waits for it elsewhere must be heard.
-        if call.policy.waits() {
+        if policy.waits() {
             self.listen();
         }
-        if must_yield {
-            tokio::task::yield_now().await;
-        }
-        mark!("leased.held");
-        let fingerprint = claim.fingerprint.clone();
-        let leased = Leased {
-            held,
-            ttl: call.policy.ttl,
-            lease,
-            fingerprint,
-            attempt: Arc::clone(&attempt),
-        };
-        Admission::Run(Run {
-            hold: Hold::Lease(leased),
-            operation: Arc::clone(&claim.operation),
-            enforced: call.policy.mode == Mode::Enforce,
-            attempt,
-        })
+        let operation = Arc::clone(&claim.operation);
+        let held = Held { shared: Arc::clone(self), claim };
+        let hold = Hold::Lease(Leased { held, attempt: Arc::clone(&attempt) });
+        let enforced = policy.mode == Mode::Enforce;
+        Admission::Run(Run { hold, operation, enforced, attempt, must_yield })
     }
 
     fn replay(&self, call: &Call, record: &Record) -> Admission {
@@ -489,7 +505,7 @@ impl Shared {
     fn refuse(&self, call: &Call, refusal: Refusal, error: Option<StoreError>) -> Admission {
         self.observe(&Event {
             outcome: Outcome::Refused(refusal.kind()),
-            operation: &call.operation,
+            operation: &call.claim.operation,
             operation_id: refusal.operation_id(),
             attempt: None,
             error: error.as_ref(),
@@ -499,9 +515,9 @@ impl Shared {
     }
 
     /// The claim failed: it is taken back in the background, and the request refused.
-    fn outage(self: &Arc<Self>, call: &Call, claim: &Claim, error: StoreError) -> Admission {
+    fn outage(self: &Arc<Self>, call: &Call, error: StoreError) -> Admission {
         if error.kind().is_transient() {
-            self.take_back(claim);
+            self.take_back(&call.claim);
         }
         let kind = refusal_of(&error);
         // A store that answers is not out: a record that cannot be read may be a completed one, and
@@ -510,7 +526,7 @@ impl Shared {
         let open =
             call.policy.store_outage == StoreOutage::Open && kind == RefusalKind::StoreUnavailable;
         if open {
-            self.tell(&call.operation, None, Outcome::Unprotected, Some(&error));
+            self.tell(&call.claim.operation, None, Outcome::Unprotected, Some(&error));
             return Admission::Unprotected;
         }
         self.refuse(call, Refusal::new(kind), Some(error))
@@ -544,12 +560,15 @@ impl Shared {
         give_up: Instant,
         attempt: impl Fn() -> BoxFuture<'a, Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(25))
-            .with_max_delay(Duration::from_secs(10))
-            .with_jitter()
-            .without_max_times()
-            .build();
+        let pauses = || {
+            ExponentialBuilder::default()
+                .with_min_delay(Duration::from_millis(25))
+                .with_max_delay(Duration::from_secs(10))
+                .with_jitter()
+                .without_max_times()
+                .build()
+        };
+        let mut left = None;
         loop {
             let error = match self.ask(attempt()).await {
                 Ok(answer) => return Ok(answer),
@@ -559,7 +578,7 @@ impl Shared {
             if error.kind() == StoreErrorKind::TooLarge {
                 return Err(error);
             }
-            match pauses.next() {
+            match left.get_or_insert_with(pauses).next() {
                 Some(pause) if Instant::now() + pause < give_up => tokio::time::sleep(pause).await,
                 _ => return Err(error),
             }
@@ -572,6 +591,7 @@ const fn refusal_of(error: &StoreError) -> RefusalKind {
     match error.kind() {
         StoreErrorKind::Full | StoreErrorKind::TooLarge => RefusalKind::StoreFull,
         StoreErrorKind::Newer | StoreErrorKind::Corrupt => RefusalKind::RecordUnreadable,
+        StoreErrorKind::Overloaded => RefusalKind::Busy,
         StoreErrorKind::Unreachable | StoreErrorKind::TimedOut | StoreErrorKind::Refused => {
             RefusalKind::StoreUnavailable
         }
@@ -581,14 +601,13 @@ const fn refusal_of(error: &StoreError) -> RefusalKind {
 /// A held claim: letting it go leaves its lease to end by itself.
 struct Held {
     shared: Arc<Shared>,
-    key: Key,
-    token: Token,
+    claim: Box<Claim>,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.shared.leases.let_go(&self.token);
-        self.shared.let_go(&self.key);
+        self.shared.leases.let_go(&self.claim.token);
+        self.shared.let_go(&self.claim.key);
     }
 }
 
@@ -601,6 +620,7 @@ pub(crate) struct Run {
     operation: Arc<str>,
     enforced: bool,
     pub(crate) attempt: Arc<Attempt>,
+    must_yield: bool,
 }
 
 /// What guards a claim while it is run.
@@ -612,9 +632,6 @@ enum Hold {
 /// A claim under a lease.
 struct Leased {
     held: Held,
-    ttl: Ttl,
-    lease: Duration,
-    fingerprint: Fingerprint,
     attempt: Arc<Attempt>,
 }
 
@@ -650,28 +667,45 @@ pub(crate) enum Ended {
 impl Run {
     /// Says what came of it. Returns when it is written, or when waiting for that has been long
     /// enough: writing then goes on in the background, and the claim is held meanwhile.
-    pub(crate) async fn end(self, end: End) -> (Ended, Outcome) {
-        let Self { hold, operation, enforced, attempt } = self;
+    pub(crate) fn end(self, end: End) -> impl Future<Output = (Ended, Outcome)> {
+        let Self { hold, operation, enforced, attempt, .. } = self;
         attempt.begin_to_end();
         mark!("run.ending");
-        let (shared, (ended, outcome, error)) = match hold {
+        let (shared, ending) = match hold {
             Hold::Lease(leased) => {
                 let shared = Arc::clone(&leased.held.shared);
-                (shared, leased.end(end, &operation).await)
+                (shared, Either::Left(leased.end(end, Arc::clone(&operation))))
             }
             Hold::Transaction(transaction) => {
                 let shared = Arc::clone(transaction.shared());
-                (shared, transaction.end(end, enforced).await)
+                (shared, Either::Right(transaction.end(end, enforced).boxed()))
             }
         };
-        // Where idem only observes, the owner's own response is sent all the same.
-        let outcome = match &ended {
-            Ended::Theirs(..) | Ended::Lost if !enforced => Outcome::LeaseLost,
-            _ => outcome,
-        };
-        shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
-        mark!("run.ended");
-        (ended, outcome)
+        ending.map(move |(ended, outcome, error)| {
+            // Where idem only observes, the owner's own response is sent all the same.
+            let outcome = match &ended {
+                Ended::Theirs(..) | Ended::Lost if !enforced => Outcome::LeaseLost,
+                _ => outcome,
+            };
+            shared.tell(&operation, Some(&attempt), outcome, error.as_ref());
+            mark!("run.ended");
+            (ended, outcome)
+        })
+    }
+
+    /// Method and route, or the function's path.
+    pub(crate) fn operation(&self) -> &str {
+        &self.operation
+    }
+
+    /// Lets others have their turn, where they need it, before the handler starts.
+    pub(crate) async fn give_way(&self) {
+        if self.must_yield {
+            tokio::task::yield_now().await;
+        }
+        if let Hold::Lease(_) = self.hold {
+            mark!("leased.held");
+        }
     }
 
     /// What the handler did in its transaction stays although its answer is an error.
@@ -686,7 +720,7 @@ impl Run {
 type Came = (Ended, Outcome, Option<StoreError>);
 
 impl Leased {
-    async fn end(self, end: End, operation: &Arc<str>) -> Came {
+    fn end(self, end: End, operation: Arc<str>) -> impl Future<Output = Came> {
         let shared = Arc::clone(&self.held.shared);
         let attempt = Arc::clone(&self.attempt);
         // That nothing happened now says nothing of what an earlier attempt did: its operation id
@@ -697,77 +731,106 @@ impl Leased {
         };
         let outcome = end.outcome();
         let mut writing = self.write(end).boxed();
-        match timeout(shared.limits.record_wait, &mut writing).await {
-            Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
-            Ok(Ok(Ended::Lost)) => (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None),
-            Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
-            Ok(Ok(ended)) => (ended, outcome, None),
-            Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
-            Err(_) => {
-                shared.write_later(writing, Arc::clone(operation), attempt);
-                (Ended::Own, Outcome::RecordDelayed, None)
+        async move {
+            match within(shared.limits.record_wait, &mut writing).await {
+                Ok(Ok(ended @ Ended::Theirs(..))) => (ended, Outcome::Replayed, None),
+                Ok(Ok(Ended::Lost)) => {
+                    (Ended::Lost, Outcome::Refused(RefusalKind::LeaseLost), None)
+                }
+                Ok(Ok(Ended::Unrecorded)) => (Ended::Unrecorded, Outcome::RecordLost, None),
+                Ok(Ok(ended)) => (ended, outcome, None),
+                Ok(Err(error)) => (Ended::Unrecorded, Outcome::RecordLost, Some(error)),
+                Err(_) => {
+                    shared.write_later(writing, operation, attempt);
+                    (Ended::Own, Outcome::RecordDelayed, None)
+                }
             }
         }
     }
 
     async fn write(self, end: End) -> Result<Ended, StoreError> {
-        let (shared, token) = (&self.held.shared, self.held.token);
-        let (now, key) = (Instant::now(), self.held.key);
-        let time_is_over = match self.ttl {
-            Ttl::For(ttl) => later(now, ttl),
-            Ttl::Forever => later(now, FOR_EVER),
-        };
+        let Held { shared, claim } = &self.held;
+        let Claim { key, token, .. } = &**claim;
         let leaves_an_answer = matches!(end, End::Complete(..) | End::Tombstone(..));
-        let written = match end {
+        // A claim that is to be given up is not renewed: if the store does not hear of it, the end of
+        // the lease says the same.
+        if !leaves_an_answer {
+            shared.leases.let_go(token);
+        }
+        let at_most = match (&end, claim.ttl) {
+            (End::Release, _) => claim.lease,
+            (_, Ttl::For(ttl)) => ttl,
+            (_, Ttl::Forever) => FOR_EVER,
+        };
+        let time_is_over = later(Instant::now(), at_most);
+        let mut call = match end {
             End::Complete(payload, ttl) => {
-                let whole = self.completion(Flags::NONE, payload, ttl);
                 mark!("leased.complete.before");
-                let sent = || mark!("leased.complete.sent" => shared.store.complete(&whole));
-                match shared.persist(time_is_over, sent).await {
-                    Err(error) if error.kind() == StoreErrorKind::TooLarge => {
-                        let payload = Answer::tombstone_of(&whole.payload);
-                        let fact = self.completion(Flags::TOMBSTONE, payload, ttl);
-                        shared.persist(time_is_over, || shared.store.complete(&fact)).await
-                    }
-                    written => written,
-                }
+                LastCall::Complete(self.completion(Flags::NONE, payload, ttl))
             }
             End::Tombstone(payload, ttl) => {
-                let fact = self.completion(Flags::TOMBSTONE, payload, ttl);
-                shared.persist(time_is_over, || shared.store.complete(&fact)).await
+                mark!("leased.complete.before");
+                LastCall::Complete(self.completion(Flags::TOMBSTONE, payload, ttl))
             }
-            // A claim that is to be given up is not renewed: if the store does not hear of it, the
-            // end of the lease says the same.
             End::Release => {
-                shared.leases.let_go(&token);
                 mark!("leased.release.before");
-                let sent = || mark!("leased.release.sent" => shared.store.release(&key, &token));
-                shared.persist(later(now, self.lease), sent).await
+                LastCall::Release
             }
             End::Forget => {
-                shared.leases.let_go(&token);
                 mark!("leased.forget.before");
-                let sent = || mark!("leased.forget.sent" => shared.store.forget(&key, &token));
-                shared.persist(time_is_over, sent).await
+                LastCall::Forget
             }
-        }?;
+        };
+        let written = loop {
+            let sent = || match &call {
+                LastCall::Complete(completion) => {
+                    mark!("leased.complete.sent" => shared.store.complete(completion))
+                }
+                LastCall::Release => {
+                    mark!("leased.release.sent" => shared.store.release(key, token))
+                }
+                LastCall::Forget => {
+                    mark!("leased.forget.sent" => shared.store.forget(key, token))
+                }
+            };
+            let written = shared.persist(time_is_over, sent).await;
+            // What cannot be kept whole is kept as the fact.
+            match (&written, &mut call) {
+                (Err(error), LastCall::Complete(whole))
+                    if error.kind() == StoreErrorKind::TooLarge
+                        && !whole.flags.contains(Flags::TOMBSTONE) =>
+                {
+                    whole.flags = whole.flags.with(Flags::TOMBSTONE);
+                    whole.payload = Answer::tombstone_of(&whole.payload);
+                }
+                _ => break written?,
+            }
+        };
         mark!("leased.end.answered");
-        shared.waits.ended(&key);
+        shared.waits.ended(key);
         Ok(match written {
             Written::Done => Ended::Own,
             Written::Gone if leaves_an_answer => Ended::Unrecorded,
             Written::Gone => Ended::Own,
             Written::Fenced(record) => {
                 self.attempt.lose();
-                theirs(&record, &self.fingerprint)
+                theirs(&record, &claim.fingerprint)
             }
         })
     }
 
     fn completion(&self, flags: Flags, payload: Bytes, ttl: Option<Ttl>) -> Completion {
-        let (key, token, ttl) = (self.held.key, self.held.token, ttl.unwrap_or(self.ttl));
+        let Claim { key, token, ttl: by_policy, .. } = *self.held.claim;
+        let ttl = ttl.unwrap_or(by_policy);
         Completion { key, token, ttl, flags, payload, format: FORMAT }
     }
+}
+
+/// How a claim's end is told to the store.
+enum LastCall {
+    Complete(Completion),
+    Release,
+    Forget,
 }
 
 /// The answer of whoever took the claim over, if it answered the same request and is there.

@@ -142,9 +142,11 @@ impl FingerprintScheme {
     }
 
     /// The fingerprint of a request under this scheme.
+    /// Its head is put together in a buffer.
     pub(crate) fn fingerprint(
         &self,
         digester: &Digester,
+        buffer: &mut Vec<u8>,
         subject: &Subject<'_>,
     ) -> Result<Fingerprint, JsonError> {
         let scheme = match (self.basis, self.headers) {
@@ -156,7 +158,7 @@ impl FingerprintScheme {
             paths: self.paths.iter().map(|path| json::segments(path)).collect(),
             headers: self.headers.iter().map(|name| Cow::Borrowed(*name)).collect(),
         }
-        .fingerprint(scheme, digester, subject)
+        .fingerprint(scheme, digester, buffer, subject)
     }
 }
 
@@ -201,8 +203,12 @@ pub(crate) fn under_scheme(
     subject: &Subject<'_>,
 ) -> Option<Result<Fingerprint, JsonError>> {
     let parsed = Scheme::parse(scheme)?;
-    Some(parsed.fingerprint(Cow::Owned(scheme.to_owned()), digester, subject))
+    let scheme = Cow::Owned(scheme.to_owned());
+    Some(parsed.fingerprint(scheme, digester, &mut Vec::new(), subject))
 }
+
+/// The schemes that have neither paths nor headers.
+pub(crate) const PLAIN: [&str; 3] = [Basis::Request.tag(), Basis::Json.tag(), Basis::None.tag()];
 
 /// Whether the body must be read before a request can have a fingerprint under a record's scheme.
 pub(crate) fn scheme_needs_body(scheme: &str) -> bool {
@@ -243,29 +249,30 @@ impl Scheme<'_> {
         &self,
         scheme: Cow<'static, str>,
         digester: &Digester,
+        head: &mut Vec<u8>,
         subject: &Subject<'_>,
     ) -> Result<Fingerprint, JsonError> {
         if self.basis == Basis::None && self.headers.is_empty() {
             return Ok(Fingerprint { scheme, ..Fingerprint::NONE });
         }
-        let mut head = Vec::with_capacity(256);
-        put_bytes(&mut head, TAG);
-        put_bytes(&mut head, scheme.as_bytes());
+        head.clear();
+        put_bytes(head, TAG);
+        put_bytes(head, scheme.as_bytes());
         match subject.endpoint {
-            Some(endpoint) if self.basis != Basis::None => endpoint.parts().write_to(&mut head),
-            _ => Values::new().write_to(&mut head),
+            Some(endpoint) if self.basis != Basis::None => endpoint.write_to(&[], head),
+            _ => Values::new().write_to(head),
         }
         if matches!(self.basis, Basis::Request | Basis::Json | Basis::Exclude) {
-            put_bytes(&mut head, subject.query.as_bytes());
+            put_bytes(head, subject.query.as_bytes());
         }
         for name in &self.headers {
             let mut lines = Values::new();
             subject.headers.get_all(name.as_ref()).iter().for_each(|line| lines.push(line));
-            lines.write_to(&mut head);
+            lines.write_to(head);
         }
         let content = self.content(subject.body)?;
         head.extend_from_slice(&(content.len() as u64).to_be_bytes());
-        let digest = digester.digest(&[&head, &content]);
+        let digest = digester.digest(&[head, &content]);
         Ok(Fingerprint { scheme, digest })
     }
 
@@ -306,21 +313,28 @@ impl Scheme<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::key::Route;
 
     fn subject<'a>(headers: &'a HeaderMap, query: &'a str, body: &'a str) -> Subject<'a> {
         Subject { endpoint: None, query, headers, body: body.as_bytes() }
     }
 
     fn of(scheme: FingerprintScheme, body: &str) -> Fingerprint {
-        scheme.fingerprint(&Digester::Plain, &subject(&HeaderMap::new(), "", body)).unwrap()
+        scheme
+            .fingerprint(&Digester::Plain, &mut Vec::new(), &subject(&HeaderMap::new(), "", body))
+            .unwrap()
     }
 
     #[test]
     fn request_covers_every_byte_of_query_and_body() {
         let (headers, scheme) = (HeaderMap::new(), FingerprintScheme::request());
         let of = |query, body| {
-            scheme.fingerprint(&Digester::Plain, &subject(&headers, query, body)).unwrap()
+            scheme
+                .fingerprint(&Digester::Plain, &mut Vec::new(), &subject(&headers, query, body))
+                .unwrap()
         };
         assert_eq!(of("a=1", "{}"), of("a=1", "{}"));
         assert_ne!(of("a=1", "{}"), of("a=2", "{}"));
@@ -358,7 +372,10 @@ mod tests {
         let of = |pairs: &[(&'static str, &'static str)]| {
             let headers =
                 pairs.iter().map(|(k, v)| (k.parse().unwrap(), v.parse().unwrap())).collect();
-            scheme.fingerprint(&Digester::Plain, &subject(&headers, "", "")).unwrap().digest
+            scheme
+                .fingerprint(&Digester::Plain, &mut Vec::new(), &subject(&headers, "", ""))
+                .unwrap()
+                .digest
         };
         let reference = of(&[("x-currency", "EUR")]);
         assert_eq!(of(&[("x-currency", "EUR"), ("x-stainless-retry-count", "2")]), reference);
@@ -369,10 +386,11 @@ mod tests {
     #[test]
     fn a_named_space_covers_the_operation() {
         let headers = HeaderMap::new();
-        let (a, b) = (Endpoint::matched("POST", "/a", []), Endpoint::matched("POST", "/b", []));
+        let [a, b] = ["/a", "/b"]
+            .map(|path| Endpoint::matched(Arc::new(Route::new("POST", Some(path))), []));
         let of = |scheme: FingerprintScheme, endpoint| {
             let subject = Subject { endpoint: Some(endpoint), ..subject(&headers, "", "{}") };
-            scheme.fingerprint(&Digester::Plain, &subject).unwrap().digest
+            scheme.fingerprint(&Digester::Plain, &mut Vec::new(), &subject).unwrap().digest
         };
         assert_ne!(of(FingerprintScheme::request(), &a), of(FingerprintScheme::request(), &b));
         assert_eq!(of(FingerprintScheme::none(), &a), of(FingerprintScheme::none(), &b));
@@ -391,7 +409,7 @@ mod tests {
             FingerprintScheme::none(),
             FingerprintScheme::none().headers(&["x-a"]),
         ] {
-            let first = scheme.fingerprint(&Digester::Plain, &subject).unwrap();
+            let first = scheme.fingerprint(&Digester::Plain, &mut Vec::new(), &subject).unwrap();
             let again = under_scheme(&first.scheme, &Digester::Plain, &subject).unwrap().unwrap();
             assert_eq!(first, again, "{scheme}");
         }

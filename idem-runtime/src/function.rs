@@ -27,7 +27,6 @@ use crate::{
     policy::{InFlight, Mode, Policy, Resolved},
     record::{Answer, RecordedValue},
     refusal::RefusalKind,
-    store::Claim,
 };
 
 /// A plain function, as its attribute describes it.
@@ -261,7 +260,7 @@ struct Calling {
     shared: Arc<Shared>,
     engine: Idempotency,
     function: &'static Function,
-    policy: Resolved,
+    policy: Arc<Resolved>,
     operation: Arc<str>,
     work: Work,
 }
@@ -277,13 +276,12 @@ struct Waiting {
     calling: Box<Calling>,
     subject: Subject,
     call: Call,
-    claim: Box<Claim>,
 }
 
 fn conduct(given: FunctionCall, work: Work) -> BoxFuture<'static, Result<(), CallError>> {
     let FunctionCall { engine, function, arguments, compared } = given;
     let shared = Arc::clone(&engine.shared);
-    let policy = function.policy.resolve(&shared.options, shared.scope);
+    let policy = shared.resolved(&function.policy);
     let operation = Arc::from(format!("fn {}", function.path));
     let calling = Box::new(Calling { shared, engine, function, policy, operation, work });
     async move {
@@ -324,7 +322,7 @@ impl Calling {
         }
         // There is no request to read, and only arguments are asked for.
         let (head, ()) = http::Request::new(()).into_parts();
-        let request = AnchorRequest { head: &head, parameters: &[], body: b"" };
+        let request = AnchorRequest { head: &head, parameters: &[], body: b"", names: &[] };
         let mut arguments = arguments.0.into_iter();
         let rules = KeyRules { format: None, longest: self.shared.limits.key_length };
         let (mut values, mut scope) = (Values::new(), Values::new());
@@ -347,20 +345,19 @@ impl Calling {
         };
         let subject = CallSubject { name, arguments: compared };
         let digester = &self.shared.digester;
-        let call = Call {
-            key: digester.key(space, &scope, &values),
-            scope: digester.scope(&scope),
-            operation: Arc::clone(&self.operation),
-            fingerprint: subject.fingerprint(digester),
-            policy: self.policy,
-        };
+        let call = Call::new(
+            digester.key_and_scope(&mut Vec::new(), space, &scope, &values),
+            Arc::clone(&self.operation),
+            subject.fingerprint(digester),
+            Arc::clone(&self.policy),
+        );
         Ok((call, Subject { shared: Arc::clone(&self.shared), call: subject }))
     }
 
     async fn claim(self: Box<Self>, call: Call, mut subject: Subject) -> Conducted {
         let shared = Arc::clone(&self.shared);
         let enforced = self.policy.mode == Mode::Enforce;
-        Conducted::Ended(match shared.admit(&call, &mut subject).await {
+        Conducted::Ended(match shared.admit(call, &mut subject).await {
             Admission::Run(run) => self.run(run).await,
             Admission::Replay { answer, operation_id } if enforced => {
                 self.replay(answer, operation_id)
@@ -369,8 +366,8 @@ impl Calling {
                 self.tell(Outcome::Replayed, Some(operation_id));
                 self.run_unclaimed().await
             }
-            Admission::Wait(claim) => {
-                return Conducted::Waits(Box::new(Waiting { calling: self, subject, call, claim }));
+            Admission::Wait(call) => {
+                return Conducted::Waits(Box::new(Waiting { calling: self, subject, call }));
             }
             Admission::Refuse(refusal, error) if enforced => Err(CallError::of(&refusal, error)),
             Admission::Refuse(..) | Admission::Unprotected => self.run_unclaimed().await,
@@ -378,13 +375,14 @@ impl Calling {
     }
 
     async fn run(self: Box<Self>, run: Run) -> Result<(), CallError> {
+        run.give_way().await;
         let Self { shared, engine, function, policy, work: Work { run: body, read }, .. } = *self;
         let operation = Operation::default();
         operation.grant(&run.attempt);
         let operation_id = run.attempt.id;
         let carried = {
             let shared = Arc::clone(&shared);
-            async move { shared.carried(body(engine, operation)).await }
+            async move { shared.carried(|| body(engine, operation)).await }
         };
         let (came, end) = match AssertUnwindSafe(carried).catch_unwind().await {
             Ok(Some(came)) => (Ok(()), came.end(&shared, &run.attempt, function)),
@@ -467,7 +465,7 @@ impl Waiting {
             InFlight::Reject => Duration::ZERO,
         };
         let shared = Arc::clone(&self.calling.shared);
-        match shared.wait(&self.call, &self.claim, bound, &mut self.subject).await {
+        match shared.wait(&self.call, bound, &mut self.subject).await {
             Admission::Replay { answer, operation_id } => self.calling.replay(answer, operation_id),
             Admission::Refuse(refusal, error) => Err(CallError::of(&refusal, error)),
             // Nobody who waited runs.

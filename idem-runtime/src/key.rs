@@ -21,7 +21,7 @@
 
 mod name;
 
-use std::{borrow::Cow, fmt, str::FromStr};
+use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
 
 use hmac::{Hmac, KeyInit, Mac};
 use percent_encoding::percent_decode_str;
@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 pub use self::name::{KeyName, KeyNameError};
-use crate::record::Fingerprint;
+use crate::{known::Known, record::Fingerprint};
 
 /// The scheme tag at the head of every key's pre-image.
 const KEY_SCHEME: &[u8] = b"idem-key/1";
@@ -94,7 +94,7 @@ pub struct Token([u8; 16]);
 impl Token {
     /// A fresh token.
     pub fn random() -> Self {
-        Self(rand::random())
+        Self(rand::random::<u128>().to_ne_bytes())
     }
 
     /// A token from its bytes, as a store reads it back.
@@ -133,7 +133,8 @@ pub struct OperationId(Uuid);
 impl OperationId {
     /// A fresh operation id (a version 4 UUID).
     pub fn random() -> Self {
-        Self(uuid::Builder::from_random_bytes(rand::random()).into_uuid())
+        let random = rand::random::<u128>().to_ne_bytes();
+        Self(uuid::Builder::from_random_bytes(random).into_uuid())
     }
 
     /// The operation id of a transactional handler, of which nothing is stored before the commit:
@@ -304,50 +305,85 @@ fn take_bytes<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
 /// the key, too, stands here as it stands there: in the spelling of the anchor's format.
 #[derive(Clone, Debug)]
 pub(crate) struct Endpoint {
-    parts: Values,
-    text: String,
+    route: Arc<Route>,
+    parameters: Values,
 }
 
 impl Endpoint {
     /// The endpoint of a request that a route matched. `parameters` are decoded, in the order in
     /// which the route names them.
     pub(crate) fn matched<'a>(
-        method: &str,
-        route: &str,
+        route: Arc<Route>,
         parameters: impl IntoIterator<Item = &'a str>,
     ) -> Self {
-        let mut parts = Values::new();
-        parts.push("operation");
-        parts.push(method);
-        parts.push("route");
-        parts.push(erase_names(route));
-        for parameter in parameters {
-            parts.push(parameter);
-        }
-        Self { parts, text: format!("{method} {route}") }
+        Self { route, parameters: parameters.into_iter().collect() }
     }
 
     /// The endpoint of a request that no route matched: the segments of its path, each decoded, so
-    /// that an encoded slash stays apart from one between segments. The path may itself be
-    /// somebody's key, so the text that operators read does not repeat it.
-    pub(crate) fn unmatched(method: &str, path: &str) -> Self {
-        let mut parts = Values::new();
-        parts.push("operation");
-        parts.push(method);
-        parts.push("path");
-        for segment in path.split('/') {
-            parts.push(Cow::<[u8]>::from(percent_decode_str(segment)));
-        }
-        Self { parts, text: format!("{method} (no route)") }
+    /// that an encoded slash stays apart from one between segments.
+    pub(crate) fn unmatched(route: Arc<Route>, path: &str) -> Self {
+        let segments = path.split('/');
+        let decoded = segments.map(|segment| Cow::<[u8]>::from(percent_decode_str(segment)));
+        Self { route, parameters: decoded.collect() }
     }
 
     /// What an operator reads in the record: method and route.
-    pub(crate) fn text(&self) -> &str {
-        &self.text
+    pub(crate) fn text(&self) -> &Arc<str> {
+        &self.route.text
     }
 
-    pub(crate) fn parts(&self) -> &Values {
-        &self.parts
+    /// Writes its parts as one list, after those that make a space of it.
+    pub(crate) fn write_to(&self, before: &[&str], out: &mut Vec<u8>) {
+        let Route { parts, .. } = &*self.route;
+        let count = before.len() as u32 + parts.count + self.parameters.count;
+        out.extend_from_slice(&count.to_be_bytes());
+        before.iter().for_each(|part| put_bytes(out, part.as_bytes()));
+        out.extend_from_slice(&parts.encoded);
+        out.extend_from_slice(&self.parameters.encoded);
+    }
+}
+
+/// What all requests have in common that a route matched, or that none did.
+#[derive(Debug)]
+pub(crate) struct Route {
+    method: Box<str>,
+    path: Option<Box<str>>,
+    text: Arc<str>,
+    parts: Values,
+}
+
+impl Route {
+    /// The route of a path as the router has it; without one, the way of paths that it does not
+    /// have. Such a path may itself be somebody's key, so the text that operators read does not
+    /// repeat it.
+    pub(crate) fn new(method: &str, path: Option<&str>) -> Self {
+        let mut parts = Values::from_iter(["operation", method]);
+        match path {
+            Some(path) => {
+                parts.push("route");
+                parts.push(erase_names(path));
+            }
+            None => parts.push("path"),
+        }
+        let text = Arc::from([method, " ", path.unwrap_or("(no route)")].concat());
+        Self { method: method.into(), path: path.map(Box::from), text, parts }
+    }
+}
+
+/// The routes that a policy's requests came by: not all of them for ever, since a client may send
+/// any method.
+#[derive(Debug, Default)]
+pub(crate) struct Routes(Known<Arc<Route>>);
+
+impl Routes {
+    const MOST: usize = 32;
+
+    /// A route that is known, or becomes so while there is room.
+    pub(crate) fn get(&self, method: &str, path: Option<&str>) -> Arc<Route> {
+        let new = || Arc::new(Route::new(method, path));
+        let is_it = |route: &Arc<Route>| *route.method == *method && route.path.as_deref() == path;
+        let found = self.0.find(Self::MOST, is_it, new);
+        found.map_or_else(new, |(_, route)| Arc::clone(route))
     }
 }
 
@@ -446,14 +482,42 @@ impl Digester {
     }
 
     pub(crate) fn key(&self, space: Space<'_>, scope: &Values, values: &Values) -> Key {
-        Key(self.digest(&[&preimage(space, scope, values)]))
+        self.key_in(&mut Vec::new(), space, scope, values)
     }
 
     pub(crate) fn scope(&self, scope: &Values) -> ScopeDigest {
-        let mut bytes = Vec::with_capacity(64 + scope.encoded.len());
-        put_bytes(&mut bytes, SCOPE_SCHEME);
-        scope.write_to(&mut bytes);
-        ScopeDigest(self.digest(&[&bytes]))
+        self.scope_in(&mut Vec::new(), scope)
+    }
+
+    /// A key and the digest of its scope. What is digested is put together in a buffer, so that
+    /// several digests have one.
+    pub(crate) fn key_and_scope(
+        &self,
+        buffer: &mut Vec<u8>,
+        space: Space<'_>,
+        scope: &Values,
+        values: &Values,
+    ) -> (Key, ScopeDigest) {
+        (self.key_in(buffer, space, scope, values), self.scope_in(buffer, scope))
+    }
+
+    fn key_in(
+        &self,
+        buffer: &mut Vec<u8>,
+        space: Space<'_>,
+        scope: &Values,
+        values: &Values,
+    ) -> Key {
+        buffer.clear();
+        write_preimage(buffer, space, scope, values);
+        Key(self.digest(&[buffer]))
+    }
+
+    fn scope_in(&self, buffer: &mut Vec<u8>, scope: &Values) -> ScopeDigest {
+        buffer.clear();
+        put_bytes(buffer, SCOPE_SCHEME);
+        scope.write_to(buffer);
+        ScopeDigest(self.digest(&[buffer]))
     }
 }
 
@@ -468,22 +532,16 @@ pub(crate) enum Space<'a> {
     Named(&'a str),
 }
 
-fn preimage(space: Space<'_>, scope: &Values, values: &Values) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(192 + scope.encoded.len() + values.encoded.len());
-    put_bytes(&mut bytes, KEY_SCHEME);
+fn write_preimage(bytes: &mut Vec<u8>, space: Space<'_>, scope: &Values, values: &Values) {
+    put_bytes(bytes, KEY_SCHEME);
     match space {
-        Space::Operation(endpoint) => endpoint.parts.write_to(&mut bytes),
-        Space::Layer(endpoint) => {
-            let mut parts = Values::from_iter(["layer"]);
-            parts.extend(&endpoint.parts);
-            parts.write_to(&mut bytes);
-        }
-        Space::Function(path) => Values::from_iter(["function", path]).write_to(&mut bytes),
-        Space::Named(name) => Values::from_iter(["space", name]).write_to(&mut bytes),
+        Space::Operation(endpoint) => endpoint.write_to(&[], bytes),
+        Space::Layer(endpoint) => endpoint.write_to(&["layer"], bytes),
+        Space::Function(path) => Values::from_iter(["function", path]).write_to(bytes),
+        Space::Named(name) => Values::from_iter(["space", name]).write_to(bytes),
     }
-    scope.write_to(&mut bytes);
-    values.write_to(&mut bytes);
-    bytes
+    scope.write_to(bytes);
+    values.write_to(bytes);
 }
 
 #[cfg(test)]
@@ -494,7 +552,7 @@ mod tests {
     type Decoded = (Vec<u8>, [Parts; 3]);
     type Parts = Vec<Vec<u8>>;
 
-    /// The inverse of [`preimage`]: that it exists is what makes a key unambiguous.
+    /// The inverse of [`write_preimage`]: that it exists is what makes a key unambiguous.
     fn decode(mut bytes: &[u8]) -> Option<Decoded> {
         let scheme = take_bytes(&mut bytes)?.to_vec();
         let lists = [take_list(&mut bytes)?, take_list(&mut bytes)?, take_list(&mut bytes)?];
@@ -530,7 +588,9 @@ mod tests {
         for _ in 0..20_000 {
             let (scope, anchor) = (random_parts(), random_parts());
             let name = String::from_utf8_lossy(&random_parts().concat()).into_owned();
-            let bytes = preimage(Space::Named(&name), &values(&scope), &values(&anchor));
+            let mut bytes = Vec::new();
+            let (scoped, anchored) = (values(&scope), values(&anchor));
+            write_preimage(&mut bytes, Space::Named(&name), &scoped, &anchored);
             let space = vec![b"space".to_vec(), name.into_bytes()];
             assert_eq!(decode(&bytes), Some((KEY_SCHEME.to_vec(), [space, scope, anchor])));
         }
@@ -564,7 +624,8 @@ mod tests {
     /// The scheme cannot change: a digest that was computed once is computed for ever.
     #[test]
     fn keys_are_what_they_were() {
-        let endpoint = Endpoint::matched("POST", "/payments/{id}", ["7"]);
+        let route = Arc::new(Route::new("POST", Some("/payments/{id}")));
+        let endpoint = Endpoint::matched(route, ["7"]);
         let (scope, anchor) = (values(&[b"tenant".to_vec()]), values(&[b"key-1".to_vec()]));
         let hex = |key: Key| key.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(

@@ -5,10 +5,11 @@
 //! and a runtime that nobody drives any more holds up nobody else's renewals.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
+
+use hashbrown::HashTable;
 
 use tokio::{
     runtime::{self, Handle},
@@ -21,7 +22,7 @@ use crate::{
     key::{Key, Token},
     observer::Outcome,
     operation::Attempt,
-    store::{Renewal, StoreError, StoreErrorKind},
+    store::{Claim, Renewal, StoreError, StoreErrorKind},
 };
 
 /// A lease is renewed when a third of it has passed: two renewals may fail before it is over.
@@ -40,8 +41,10 @@ pub(crate) struct Leases(Mutex<Registry>);
 
 #[derive(Debug, Default)]
 struct Registry {
-    held: HashMap<Token, Held>,
-    keepers: HashMap<runtime::Id, Keeper>,
+    /// By the hash of their tokens.
+    held: HashTable<Held>,
+    /// A handful at the most: one for each runtime.
+    keepers: Vec<Keeper>,
     /// When some keeper sweeps next.
     sweep: Option<Instant>,
 }
@@ -55,12 +58,34 @@ struct Held {
     attempt: Arc<Attempt>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Keeper {
+    runtime: runtime::Id,
     /// When it looks again; unknown until it has looked for the first time.
     wakes: Option<Instant>,
     /// Wakes it when a claim is due before.
     sooner: Arc<Notify>,
+}
+
+/// The hash of a token: it is random, and any eight bytes of it are as good as a hash can be.
+fn hash(token: &Token) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *token.as_bytes();
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
+impl Registry {
+    fn held(&mut self, token: &Token) -> Option<&mut Held> {
+        self.held.find_mut(hash(token), |held| held.renewal.token == *token)
+    }
+
+    fn remove(&mut self, token: &Token) -> Option<Held> {
+        let place = self.held.find_entry(hash(token), |held| held.renewal.token == *token);
+        place.ok().map(|place| place.remove().0)
+    }
+
+    fn keeper(&mut self, runtime: runtime::Id) -> Option<&mut Keeper> {
+        self.keepers.iter_mut().find(|keeper| keeper.runtime == runtime)
+    }
 }
 
 impl Leases {
@@ -74,23 +99,23 @@ impl Leases {
     pub(crate) fn hold(
         &self,
         shared: &Arc<Shared>,
-        renewal: Renewal,
+        claim: &Claim,
         since: Instant,
-        operation: &Arc<str>,
         attempt: &Arc<Attempt>,
     ) -> bool {
         let here = Handle::current();
+        let renewal = Renewal { key: claim.key, token: claim.token, lease: claim.lease };
         let due = later(since, renewal.lease / RENEWALS_PER_LEASE);
         let held = Held {
             renewal,
             due,
             runtime: here.id(),
-            operation: Arc::clone(operation),
+            operation: Arc::clone(&claim.operation),
             attempt: Arc::clone(attempt),
         };
         let mut registry = self.lock();
-        registry.held.insert(renewal.token, held);
-        if let Some(keeper) = registry.keepers.get_mut(&here.id()) {
+        registry.held.insert_unique(hash(&renewal.token), held, |held| hash(&held.renewal.token));
+        if let Some(keeper) = registry.keeper(here.id()) {
             let sooner = keeper.wakes.is_some_and(|wakes| due < wakes);
             if sooner {
                 keeper.wakes = Some(due);
@@ -99,8 +124,8 @@ impl Leases {
             return sooner;
         }
         let sooner = Arc::default();
-        let keeper = Keeper { wakes: None, sooner: Arc::clone(&sooner) };
-        registry.keepers.insert(here.id(), keeper);
+        let keeper = Keeper { runtime: here.id(), wakes: None, sooner: Arc::clone(&sooner) };
+        registry.keepers.push(keeper);
         // A runtime that is shutting down drops the task at once, and its duty takes the lock.
         drop(registry);
         let duty = Duty { engine: Arc::downgrade(shared), runtime: here.id(), sooner };
@@ -110,12 +135,12 @@ impl Leases {
 
     /// Lets a claim go: its lease ends by itself, unless the claim was ended before.
     pub(crate) fn let_go(&self, token: &Token) {
-        self.lock().held.remove(token);
+        self.lock().remove(token);
     }
 
     /// Whether a claim on this key is held here.
     pub(crate) fn holds(&self, key: &Key) -> bool {
-        self.lock().held.values().any(|held| held.renewal.key == *key)
+        self.lock().held.iter().any(|held| held.renewal.key == *key)
     }
 
     fn lock(&self) -> MutexGuard<'_, Registry> {
@@ -125,7 +150,7 @@ impl Leases {
     /// The claims of a runtime that are to be renewed: none before one of them is due.
     fn due(&self, runtime: runtime::Id, now: Instant) -> Vec<Renewal> {
         let registry = self.lock();
-        let ours = || registry.held.values().filter(|held| held.runtime == runtime);
+        let ours = || registry.held.iter().filter(|held| held.runtime == runtime);
         if !ours().any(|held| held.due <= now) {
             return Vec::new();
         }
@@ -139,9 +164,9 @@ impl Leases {
     fn plan(&self, runtime: runtime::Id, idle: Duration) -> Instant {
         let mut registry = self.lock();
         let latest = later(Instant::now(), idle);
-        let ours = registry.held.values().filter(|held| held.runtime == runtime);
+        let ours = registry.held.iter().filter(|held| held.runtime == runtime);
         let wakes = ours.map(|held| held.due).min().unwrap_or(latest).min(latest);
-        if let Some(keeper) = registry.keepers.get_mut(&runtime) {
+        if let Some(keeper) = registry.keeper(runtime) {
             keeper.wakes = Some(wakes);
         }
         wakes
@@ -159,10 +184,10 @@ impl Leases {
         let mut registry = self.lock();
         for (renewal, held) in renewals.iter().zip(held) {
             if *held {
-                if let Some(entry) = registry.held.get_mut(&renewal.token) {
+                if let Some(entry) = registry.held(&renewal.token) {
                     entry.due = later(since, renewal.lease / RENEWALS_PER_LEASE);
                 }
-            } else if let Some(entry) = registry.held.remove(&renewal.token)
+            } else if let Some(entry) = registry.remove(&renewal.token)
                 && !entry.attempt.is_ending()
             {
                 lost.push((entry.operation, entry.attempt));
@@ -175,7 +200,7 @@ impl Leases {
         let now = Instant::now();
         let mut registry = self.lock();
         for renewal in renewals {
-            if let Some(entry) = registry.held.get_mut(&renewal.token) {
+            if let Some(entry) = registry.held(&renewal.token) {
                 entry.due = later(now, (renewal.lease / 10).min(RETRY));
             }
         }
@@ -203,7 +228,7 @@ struct Duty {
 impl Drop for Duty {
     fn drop(&mut self) {
         if let Some(shared) = self.engine.upgrade() {
-            shared.leases.lock().keepers.remove(&self.runtime);
+            shared.leases.lock().keepers.retain(|keeper| keeper.runtime != self.runtime);
         }
     }
 }

@@ -66,6 +66,7 @@ mod http;
 mod issue;
 mod json;
 mod key;
+mod known;
 mod leases;
 mod look_up;
 mod observer;

@@ -3,7 +3,8 @@
 //!
 //! A name says where it can be reached: only in a [transaction](crate::Policy::transaction) if
 //! `transaction` is a part of it, and if `leased` is, only without; with `recover`, only where an
-//! unknown outcome is asked about; and one that begins with the name of a store, only on that store.
+//! unknown outcome is asked about; with `together`, only by calls that travel with others; and one that
+//! begins with the name of a store, only on that store.
 
 #[cfg(feature = "marks")]
 use std::{fmt, sync::OnceLock};

@@ -36,13 +36,17 @@ use crate::{
 /// extractor or a layer, it answers as for a handler that is not protected, with an id that is
 /// nobody else's.
 #[derive(Clone, Default)]
-pub struct Operation(Arc<Known>);
+pub struct Operation {
+    known: Arc<Known>,
+    /// Whether its owner has handed the request on: whoever serves it now may claim for itself.
+    handed_on: bool,
+}
 
 /// What is known of an operation, shared by the request's extensions, its handler and the engine.
 #[derive(Default)]
 struct Known {
     /// The operation of whoever claimed first and handed the request on.
-    outer: Option<Operation>,
+    outer: Option<Arc<Known>>,
     /// The attempt whose claim was granted: it counts from then on.
     granted: OnceLock<Arc<Attempt>>,
     /// What was made up for whoever asked without a claim, or before it.
@@ -181,40 +185,58 @@ impl Operation {
     }
 
     fn get(&self) -> &Arc<Attempt> {
-        let made_up = || Attempt::new(OperationId::random(), 1, None);
-        match (self.0.granted.get(), &self.0.outer) {
-            (Some(granted), _) => granted,
-            (None, Some(outer)) => outer.get(),
-            (None, None) => self.0.unprotected.get_or_init(made_up),
-        }
+        self.known.get()
     }
 
-    /// What is known without making anything up.
-    fn known(&self) -> Option<&Arc<Attempt>> {
-        let outer = || self.0.outer.as_ref()?.known();
-        self.0.granted.get().or_else(outer).or(self.0.unprotected.get())
-    }
-
-    /// The operation of a request, for its next claim. One that was granted before belongs to an
-    /// earlier claim of the same request, which somebody sent again: it stays as it is.
+    /// The operation of a request, for its next claim, which the request's extensions have from now
+    /// on.
     pub(crate) fn of(extensions: &mut Extensions) -> Self {
-        let known = extensions.get::<Self>();
-        if let Some(known) = known.filter(|known| known.0.granted.get().is_none()) {
-            return known.clone();
-        }
-        let operation = Self::within(known.and_then(|known| known.0.outer.clone()));
+        let operation = match Self::known(extensions) {
+            Ok(known) => return known.clone(),
+            Err(outer) => Self::within(Known { outer, ..Known::default() }),
+        };
         extensions.insert(operation.clone());
         operation
+    }
+
+    /// The operation of a request whose claim was granted. What is behind gets the request with an
+    /// operation under which it may claim for itself: a layer's handler, or a service that a handler
+    /// calls.
+    pub(crate) fn granted(extensions: &mut Extensions, attempt: &Arc<Attempt>) -> Self {
+        let operation = match Self::known(extensions) {
+            Ok(known) => {
+                known.grant(attempt);
+                known.clone()
+            }
+            Err(outer) => {
+                let granted = OnceLock::from(Arc::clone(attempt));
+                Self::within(Known { outer, granted, unprotected: OnceLock::new() })
+            }
+        };
+        extensions.insert(operation.inner());
+        operation
+    }
+
+    /// The operation that waits for a request's next claim, or whose it is within. One that was
+    /// granted before belongs to an earlier claim of the same request, which somebody sent again: it
+    /// stays as it is.
+    fn known(extensions: &Extensions) -> Result<&Self, Option<Arc<Known>>> {
+        match extensions.get::<Self>() {
+            None => Err(None),
+            Some(Self { known, handed_on: true }) => Err(Some(Arc::clone(known))),
+            Some(Self { known, .. }) if known.granted.get().is_some() => Err(known.outer.clone()),
+            Some(known) => Ok(known),
+        }
+    }
+
+    fn within(known: Known) -> Self {
+        Self { known: Arc::new(known), handed_on: false }
     }
 
     /// What is handed on to whoever serves the request: this operation, until a claim of its own is
     /// granted.
     pub(crate) fn inner(&self) -> Self {
-        Self::within(Some(self.clone()))
-    }
-
-    fn within(outer: Option<Self>) -> Self {
-        Self(Arc::new(Known { outer, ..Known::default() }))
+        Self { known: Arc::clone(&self.known), handed_on: true }
     }
 
     /// The attempt of whoever handed the request on and holds this very key: it protects what runs
@@ -224,8 +246,11 @@ impl Operation {
         engine: &Arc<Shared>,
         key: &Key,
     ) -> Option<Arc<Attempt>> {
-        let mut outer = self.0.outer.as_ref();
-        while let Some(Self(known)) = outer {
+        let mut outer = match self.handed_on {
+            true => Some(&self.known),
+            false => self.known.outer.as_ref(),
+        };
+        while let Some(known) = outer {
             if let Some(attempt) = known.granted.get().filter(|attempt| attempt.holds(engine, key))
             {
                 return Some(Arc::clone(attempt));
@@ -237,19 +262,36 @@ impl Operation {
 
     /// Says which attempt the handler works on.
     pub(crate) fn grant(&self, attempt: &Arc<Attempt>) {
-        if self.0.unprotected.get().is_some() {
+        if self.known.unprotected.get().is_some() {
             tracing::warn!("somebody asked for the operation before its claim was granted");
         }
-        if self.0.granted.set(Arc::clone(attempt)).is_err() {
+        if self.known.granted.set(Arc::clone(attempt)).is_err() {
             tracing::error!("two claims were granted to one request");
         }
+    }
+}
+
+impl Known {
+    fn get(&self) -> &Arc<Attempt> {
+        let made_up = || Attempt::new(OperationId::random(), 1, None);
+        match (self.granted.get(), &self.outer) {
+            (Some(granted), _) => granted,
+            (None, Some(outer)) => outer.get(),
+            (None, None) => self.unprotected.get_or_init(made_up),
+        }
+    }
+
+    /// What is known without making anything up.
+    fn attempt(&self) -> Option<&Arc<Attempt>> {
+        let outer = || self.outer.as_ref()?.attempt();
+        self.granted.get().or_else(outer).or(self.unprotected.get())
     }
 }
 
 impl fmt::Debug for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Operation");
-        if let Some(attempt) = self.known() {
+        if let Some(attempt) = self.known.attempt() {
             shown.field("id", &attempt.id).field("attempt", &attempt.number);
         }
         shown.finish()
@@ -269,7 +311,6 @@ pub(crate) struct Attempt {
 }
 
 /// What is kept of an attempt before it ends.
-#[expect(clippy::large_enum_variant, reason = "most attempts have a journal")]
 #[derive(Debug)]
 enum Keeps {
     /// Nothing is claimed.
@@ -344,40 +385,59 @@ pub(crate) struct Journal {
     key: Key,
     token: Token,
     issued: Option<Bytes>,
-    /// Held while a step is being recorded: a record holds all steps, so they are written in turn.
-    progress: Mutex<Progress>,
+    steps_of: Option<OperationId>,
     /// Whether a step of this operation was taken, or may have been, in this attempt or before;
     /// recorded or not.
     has_steps: AtomicBool,
+    /// Once there are any: most attempts take none.
+    steps: OnceLock<Box<Steps>>,
+}
+
+#[derive(Debug)]
+struct Steps {
+    /// Held while a step is being recorded: a record holds all steps, so they are written in turn.
+    progress: Mutex<Progress>,
     /// One lock for each step that was asked for, held while it is being taken.
     turns: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
+}
+
+impl Steps {
+    fn after(progress: Progress) -> Box<Self> {
+        Box::new(Self { progress: Mutex::new(progress), turns: Default::default() })
+    }
 }
 
 impl Journal {
     /// The journal of a claim, with what earlier attempts wrote into it.
     pub(crate) fn new(engine: Weak<Shared>, key: Key, token: Token, progress: Progress) -> Self {
-        let issued = progress.issued.clone();
-        Self {
-            engine,
-            key,
-            token,
-            issued,
-            has_steps: AtomicBool::new(!progress.steps.is_empty()),
-            progress: Mutex::new(progress),
-            turns: Default::default(),
-        }
+        let (issued, steps_of) = (progress.issued.clone(), progress.steps_of);
+        let has_steps = !progress.steps.is_empty();
+        let steps = match has_steps {
+            true => OnceLock::from(Steps::after(progress)),
+            false => OnceLock::new(),
+        };
+        let has_steps = AtomicBool::new(has_steps);
+        Self { engine, key, token, issued, steps_of, has_steps, steps }
+    }
+
+    fn steps(&self) -> &Steps {
+        let none_yet = || {
+            let (issued, steps_of) = (self.issued.clone(), self.steps_of);
+            Steps::after(Progress { issued, steps_of, steps: Vec::new() })
+        };
+        self.steps.get_or_init(none_yet)
     }
 
     async fn turn(&self, name: &str) -> OwnedMutexGuard<()> {
         let turn = {
-            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut turns = self.steps().turns.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(turns.entry(name.to_owned()).or_default())
         };
         turn.lock_owned().await
     }
 
     async fn result(&self, name: &str) -> Option<Bytes> {
-        let progress = self.progress.lock().await;
+        let progress = self.steps().progress.lock().await;
         progress.steps.iter().find(|(known, _)| known == name).map(|(_, result)| result.clone())
     }
 
@@ -385,7 +445,7 @@ impl Journal {
         let Some(engine) = self.engine.upgrade() else {
             return Err(StoreError::new("idem", StoreErrorKind::Unreachable));
         };
-        let mut progress = self.progress.lock().await;
+        let mut progress = self.steps().progress.lock().await;
         progress.steps.push((name.to_owned(), result));
         let (key, token, payload) = (self.key, self.token, progress.encode());
         let checkpoint = Checkpoint { key, token, payload, format: FORMAT };
@@ -508,7 +568,9 @@ mod tests {
     #[test]
     fn what_is_handed_on_is_the_outer_operation_until_it_has_a_claim_of_its_own() {
         let (outer, inner_id) = (Operation::default(), OperationId::from_bytes([8; 16]));
-        let inner = outer.inner();
+        let mut extensions = Extensions::new();
+        extensions.insert(outer.inner());
+        let inner = Operation::of(&mut extensions);
         outer.grant(&Attempt::new(OperationId::from_bytes([7; 16]), 2, None));
         assert_eq!((inner.id(), inner.attempt()), (outer.id(), 2));
         assert_eq!(inner.derive("psp"), outer.derive("psp"));

@@ -2,7 +2,9 @@
 //!
 //! What a handler does not say comes from its anchor, then from the engine, then from the defaults.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
+
+use http::HeaderName;
 
 use crate::{
     anchor::{Anchor, Format, Scope},
@@ -10,6 +12,8 @@ use crate::{
     decision::OnUnknown,
     fingerprint::FingerprintScheme,
     hooks::{AdmitFn, RecoverFn, ReplayShape},
+    key::Routes,
+    known::Known,
     record::Ttl,
     refusal::Refusals,
 };
@@ -322,10 +326,15 @@ impl Policy {
     /// This policy over an engine's, over the defaults.
     pub(crate) fn resolve(&self, engine: &Options, engine_scope: Scope) -> Resolved {
         let said = self.options.or(self.anchor.options).or(*engine);
+        let scope = said.scope.unwrap_or(engine_scope);
+        let mut names = Vec::new();
+        self.anchor.headers(&mut names);
+        scope.headers(&mut names);
+        let parsed = |name: &'static str| Some((name, name.parse().ok()?));
         Resolved {
             anchor: self.anchor,
             ttl: said.ttl.unwrap_or(DEFAULT_TTL),
-            scope: said.scope.unwrap_or(engine_scope),
+            scope,
             space: said.space,
             optional: said.optional.unwrap_or(false),
             fingerprint: said.fingerprint.unwrap_or(FingerprintScheme::request()),
@@ -342,6 +351,8 @@ impl Policy {
             mode: said.mode.unwrap_or_default(),
             store_outage: said.store_outage.unwrap_or_default(),
             is_layer: false,
+            routes: Routes::default(),
+            headers: names.into_iter().filter_map(parsed).collect(),
         }
     }
 }
@@ -352,7 +363,6 @@ pub(crate) const DEFAULT_LEASE: Duration = Duration::from_secs(30);
 const SHORTEST_LEASE: Duration = Duration::from_millis(100);
 
 /// A policy in which everything is said.
-#[derive(Clone, Copy)]
 pub(crate) struct Resolved {
     pub(crate) anchor: Anchor,
     pub(crate) ttl: Ttl,
@@ -374,12 +384,40 @@ pub(crate) struct Resolved {
     pub(crate) store_outage: StoreOutage,
     /// Whether it is a layer's and not a handler's.
     pub(crate) is_layer: bool,
+    /// The routes that its requests came by.
+    pub(crate) routes: Routes,
+    /// The headers that its anchor and its scope read, as they are written there and parsed.
+    pub(crate) headers: Box<[(&'static str, HeaderName)]>,
 }
 
 impl Resolved {
     /// Whether a duplicate of a running request may wait for its answer.
     pub(crate) fn waits(&self) -> bool {
         matches!(self.in_flight, InFlight::Wait(_)) && self.mode == Mode::Enforce
+    }
+}
+
+/// What the policies of an engine's handlers come to. Each is resolved at its first request, and
+/// known by its address from then on: there are no more than the program has written down.
+#[derive(Default)]
+pub(crate) struct Policies([Known<(&'static Policy, Arc<Resolved>)>; 32]);
+
+impl Policies {
+    /// What a policy comes to.
+    pub(crate) fn resolved(
+        &self,
+        policy: &'static Policy,
+        engine: &Options,
+        engine_scope: Scope,
+    ) -> Arc<Resolved> {
+        let address = std::ptr::from_ref(policy).addr();
+        let list = &self.0[address / align_of::<Policy>() % self.0.len()];
+        let is_it = |(known, _): &(&'static Policy, _)| std::ptr::eq(*known, policy);
+        let resolve = || Arc::new(policy.resolve(engine, engine_scope));
+        match list.find(usize::MAX, is_it, || (policy, resolve())) {
+            Some((_, (_, resolved))) => Arc::clone(resolved),
+            None => resolve(),
+        }
     }
 }
 

@@ -227,20 +227,40 @@ impl RecordedResponse {
     /// then the body to the end (all numbers big endian)
     /// ```
     pub fn encode(status: u16, headers: &[(&[u8], &[u8])], body: &[u8]) -> Bytes {
-        let size: usize = headers.iter().map(|(name, value)| 8 + name.len() + value.len()).sum();
-        let mut out = BytesMut::with_capacity(7 + size + body.len());
-        out.put_u8(RESPONSE);
-        out.put_u16(status);
-        out.put_u32(headers.len() as u32);
-        for (name, value) in headers {
+        let lines = || headers.iter().copied();
+        let size = lines().map(|(name, value)| Self::line_size(name, value)).sum();
+        Self::encode_lines(status, size, lines(), body)
+    }
+
+    /// How many bytes a header line takes in a payload.
+    pub(crate) const fn line_size(name: &[u8], value: &[u8]) -> usize {
+        8 + name.len() + value.len()
+    }
+
+    /// [`encode`](Self::encode) of lines that stand nowhere together, in a buffer for lines of so
+    /// many bytes.
+    pub(crate) fn encode_lines<'h>(
+        status: u16,
+        size: usize,
+        lines: impl Iterator<Item = (&'h [u8], &'h [u8])>,
+        body: &[u8],
+    ) -> Bytes {
+        let mut out = Vec::with_capacity(7 + size + body.len());
+        out.push(RESPONSE);
+        out.extend_from_slice(&status.to_be_bytes());
+        out.extend_from_slice(&[0; 4]);
+        let mut count = 0_u32;
+        for (name, value) in lines {
+            count += 1;
             // A header line is far below 4 GiB: every HTTP server bounds the whole head.
-            out.put_u32(name.len() as u32);
-            out.put_u32(value.len() as u32);
-            out.put_slice(name);
-            out.put_slice(value);
+            out.extend_from_slice(&(name.len() as u32).to_be_bytes());
+            out.extend_from_slice(&(value.len() as u32).to_be_bytes());
+            out.extend_from_slice(name);
+            out.extend_from_slice(value);
         }
-        out.put_slice(body);
-        out.freeze()
+        out[3..7].copy_from_slice(&count.to_be_bytes());
+        out.extend_from_slice(body);
+        Bytes::from(out)
     }
 
     /// Reads a record's payload back.

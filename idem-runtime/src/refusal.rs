@@ -45,7 +45,8 @@ pub enum RefusalKind {
     StoreFull,
     /// The key's record is damaged, or from a newer release. Nothing ran.
     RecordUnreadable,
-    /// Too many requests whose clients hung up are still running. Nothing ran.
+    /// Too many requests whose clients hung up are still running, or too many claims wait for the
+    /// store. Nothing ran.
     Busy,
     /// The server is shutting down while the request waits for the answer of a running one.
     ShuttingDown,

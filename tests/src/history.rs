@@ -490,6 +490,11 @@ impl Store for Recorded {
         self.store.sweep(limit)
     }
 
+    /// Whatever store it is, engines keep at hand what it says, which must not make a difference.
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn manage(&self) -> Option<&dyn Manage> {
         self.store.manage()
     }

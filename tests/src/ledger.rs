@@ -10,6 +10,7 @@ use sqlx::{
 };
 #[cfg(feature = "servers")]
 use {
+    crate::crowd::Crowd,
     idem_runtime::store::{MySqlStore, PostgresStore, RedisStore},
     redis::{aio::ConnectionManager, cluster::ClusterClient, cluster_async::ClusterConnection},
     sqlx::{MySql, MySqlPool, PgPool, Postgres},
@@ -202,6 +203,23 @@ impl Ledger {
                 let nodes = nodes.iter().map(String::as_str);
                 Arc::new(RedisStore::cluster(nodes).await.expect("a store"))
             }
+        }
+    }
+
+    /// The same, in which claims and answers travel together with others, where a store has that.
+    pub async fn store_in_a_crowd(&self) -> Arc<dyn Store> {
+        match self {
+            #[cfg(feature = "servers")]
+            Self::Postgres(_, url) => {
+                let store = PostgresStore::connect(url).await.expect("a store");
+                Arc::new(Crowd(store.with_lanes(1)))
+            }
+            #[cfg(feature = "servers")]
+            Self::MySql(_, url) => {
+                let store = MySqlStore::connect(url).await.expect("a store");
+                Arc::new(Crowd(store.with_lanes(1)))
+            }
+            _ => self.store().await,
         }
     }
 

@@ -3,6 +3,7 @@
 
 #![expect(clippy::expect_used, reason = "what cannot be set up fails the test that needs it")]
 
+pub mod crowd;
 pub mod faults;
 pub mod history;
 pub mod ledger;

@@ -41,23 +41,29 @@ macro_rules! on_both_stores {
 /// What future a store answers with.
 type Answer<'a, T> = std::pin::Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
-/// An embedded store that remembers the claims that it was asked for. A clone is the same store.
+/// A store that remembers the claims that it was asked for. A clone is the same store.
 #[derive(Clone, Debug)]
 pub struct TestStore {
     store: Arc<dyn Store>,
     searchable: bool,
+    remote: bool,
     claims: Arc<Mutex<Vec<Claim>>>,
 }
 
 impl TestStore {
     /// Listens to a store.
     pub fn new(store: impl Store) -> Self {
-        Self { store: Arc::new(store), searchable: true, claims: Arc::default() }
+        Self { store: Arc::new(store), searchable: true, remote: false, claims: Arc::default() }
     }
 
     /// The same store, as one that only finds records by their keys.
     pub fn unsearchable(&self) -> Self {
         Self { searchable: false, ..self.clone() }
+    }
+
+    /// The same store, as one that is asked over a network.
+    pub fn remote(&self) -> Self {
+        Self { remote: true, ..self.clone() }
     }
 
     /// All claims so far.
@@ -122,6 +128,10 @@ impl Store for TestStore {
         self.store.sweep(limit)
     }
 
+    fn is_remote(&self) -> bool {
+        self.remote || self.store.is_remote()
+    }
+
     fn manage(&self) -> Option<&dyn Manage> {
         self.store.manage().filter(|_| self.searchable)
     }
@@ -165,6 +175,11 @@ impl Bench {
     /// The same store, with nothing counted and nothing told yet.
     pub fn anew(&self) -> Self {
         Self { effects: Effects::default(), told: Remember::default(), ..self.clone() }
+    }
+
+    /// The same store, as one that is asked over a network.
+    pub fn remote(&self) -> Self {
+        Self { store: self.store.remote(), ..self.clone() }
     }
 
     /// Where the database file is, if there is one.

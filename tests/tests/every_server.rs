@@ -23,12 +23,15 @@ use http_body_util::BodyExt;
 use idem_runtime::{
     Anchor, Became, Builder, Idempotency, Issued, KeyName, KeyRing, Operation, Scope, Scoped,
     idempotent,
-    store::{Kind, Listing, MySqlStore, PostgresStore, RedisStore, Store},
+    store::{Clock, Kind, Listing, MySqlStore, PostgresStore, RedisStore, ReplayCache, Store},
 };
-use tests::servers::{
-    mariadb::MariaDb,
-    postgres::Postgres,
-    redis::{Cluster, Redis},
+use tests::{
+    servers::{
+        mariadb::MariaDb,
+        postgres::Postgres,
+        redis::{Cluster, Redis},
+    },
+    stores::TestStore,
 };
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
@@ -90,7 +93,10 @@ fn answer(status: StatusCode, body: String) -> Response {
 
 fn app(store: impl Store, build: fn(Builder<Scoped>) -> Builder<Scoped>) -> (App, Router) {
     let builder = Idempotency::builder(store).scope(Scope::header("X-API-Key"));
-    let engine = build(builder).build();
+    app_of(build(builder).build())
+}
+
+fn app_of(engine: Idempotency) -> (App, Router) {
     let app = App { engine, taken: Arc::default(), go_on: Arc::new(Semaphore::new(0)) };
     let router = Router::new()
         .route("/stepwise", post(stepwise))
@@ -191,12 +197,53 @@ async fn everything(here: impl Store, there: impl Store, bare: impl Store) {
     assert!(look_up.operation(id).await.expect("an answer").is_none());
 }
 
+/// What two processes have at hand, of what is sealed.
+async fn at_hand(here: impl Store, there: impl Store) {
+    let clock = Clock::manual();
+    let (here, there) = (TestStore::new(here), TestStore::new(there));
+    let process = |store: &TestStore| {
+        let cache = ReplayCache::new().clock(clock.clone());
+        let builder = Idempotency::builder(store.clone()).scope(Scope::header("X-API-Key"));
+        app_of(sealed(builder).replay_cache(cache).build())
+    };
+    let ((one, at_one), (other, at_other)) = (process(&here), process(&there));
+    for app in [&one, &other] {
+        app.go_on.add_permits(10);
+    }
+    let asked = || (here.claims().len(), there.claims().len());
+    let slow = |replayed, number| (200, replayed, format!("slow {number}"));
+
+    for (replayed, claims) in [(false, 1), (true, 2), (true, 2)] {
+        assert_eq!(send(&at_one, "/slow", "h", "1").await, slow(replayed, 1));
+        assert_eq!(asked(), (claims, 0));
+    }
+    for claims in [1, 1] {
+        assert_eq!(send(&at_other, "/slow", "h", "1").await, slow(true, 1));
+        assert_eq!(asked(), (2, claims));
+    }
+    for claims in [3, 4] {
+        assert_eq!(send(&at_one, "/slow", "h", "2").await.0, 422);
+        assert_eq!(asked().0, claims);
+    }
+
+    // Purged in the one, it is known in the other for a while.
+    let purged = one.engine.admin().purge(&"alice", &name("/slow", "h")).await.expect("purged");
+    assert_eq!(purged.removed, 1);
+    assert_eq!(send(&at_one, "/slow", "h", "2").await, slow(false, 2));
+    clock.advance(Duration::from_millis(9_999));
+    assert_eq!(send(&at_other, "/slow", "h", "1").await, slow(true, 1));
+    clock.advance(Duration::from_millis(1));
+    assert_eq!(send(&at_other, "/slow", "h", "1").await.0, 422);
+    assert_eq!(send(&at_other, "/slow", "h", "2").await, slow(true, 2));
+}
+
 #[tokio::test]
 async fn on_postgres() {
     let database = Postgres::shared().database().await;
     let open = async || PostgresStore::connect(database.url()).await.expect("a store");
     open().await.create_schema().await.expect("tables");
     everything(open().await, open().await, open().await).await;
+    at_hand(open().await, open().await).await;
 }
 
 #[tokio::test]
@@ -205,6 +252,7 @@ async fn on_mariadb() {
     let open = async || MySqlStore::connect(database.url()).await.expect("a store");
     open().await.create_schema().await.expect("tables");
     everything(open().await, open().await, open().await).await;
+    at_hand(open().await, open().await).await;
 }
 
 #[tokio::test]
@@ -212,6 +260,7 @@ async fn on_redis() {
     let url = Redis::shared().url();
     let open = async || RedisStore::builder().prefix("every:").connect(url).await.expect("a store");
     everything(open().await, open().await, open().await).await;
+    at_hand(open().await, open().await).await;
 }
 
 #[tokio::test]
@@ -221,4 +270,5 @@ async fn on_a_redis_cluster() {
         RedisStore::builder().prefix("every:").cluster(urls.clone()).await.expect("a store")
     };
     everything(open().await, open().await, open().await).await;
+    at_hand(open().await, open().await).await;
 }

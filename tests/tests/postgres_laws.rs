@@ -10,13 +10,18 @@ use idem_runtime::{
     testing::StoreFixture,
 };
 use sqlx::PgPool;
-use tests::servers::postgres::{Database, Postgres};
+use tests::{
+    crowd::Crowd,
+    servers::postgres::{Database, Postgres},
+};
 
 /// Two stores on one database, as two processes have.
 struct Fixture {
     store: PostgresStore,
     second: PostgresStore,
     pool: PgPool,
+    /// Whether calls travel with others.
+    crowded: bool,
     _database: Database,
 }
 
@@ -26,7 +31,13 @@ impl Fixture {
         let store = PostgresStore::connect(database.url()).await.expect("a connection");
         store.create_schema().await.expect("tables");
         let pool = PgPool::connect_lazy_with(database.options());
-        Self { store, second: PostgresStore::new(pool.clone()), pool, _database: database }
+        Self {
+            store,
+            second: PostgresStore::new(pool.clone()),
+            pool,
+            crowded: false,
+            _database: database,
+        }
     }
 
     /// As it is used behind a pooler.
@@ -36,15 +47,29 @@ impl Fixture {
             [&fixture.store, &fixture.second].map(|s| s.clone().through_transaction_pooler());
         Self { store, second, ..fixture }
     }
+
+    /// Every claim and every completion travels with others.
+    async fn crowded() -> Self {
+        let fixture = Self::start().await;
+        let [store, second] = [&fixture.store, &fixture.second].map(|s| s.clone().with_lanes(1));
+        Self { store, second, crowded: true, ..fixture }
+    }
+
+    fn on(&self, store: &PostgresStore) -> Arc<dyn Store> {
+        match self.crowded {
+            true => Arc::new(Crowd(store.clone())),
+            false => Arc::new(store.clone()),
+        }
+    }
 }
 
 impl StoreFixture for Fixture {
     fn store(&self) -> Arc<dyn Store> {
-        Arc::new(self.store.clone())
+        self.on(&self.store)
     }
 
     fn second(&self) -> Arc<dyn Store> {
-        Arc::new(self.second.clone())
+        self.on(&self.second)
     }
 
     /// The server's clock cannot be moved: all that is stored is brought forward.
@@ -74,4 +99,10 @@ mod behind_a_pooler {
 
     idem_runtime::store_laws!(Fixture::unprepared().await);
     idem_runtime::manage_laws!(Fixture::unprepared().await);
+}
+
+mod in_a_crowd {
+    use super::Fixture;
+
+    idem_runtime::store_laws!(Fixture::crowded().await);
 }

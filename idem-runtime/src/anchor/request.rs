@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use http::{Extensions, HeaderMap, HeaderValue, Method, Uri, request::Parts};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Uri, request::Parts};
 
 use crate::json::{self, JsonError, Scalar};
 
@@ -13,6 +13,8 @@ pub struct AnchorRequest<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) parameters: &'a [(String, String)],
     pub(crate) body: &'a [u8],
+    /// Names of headers that are parsed already.
+    pub(crate) names: &'a [(&'static str, HeaderName)],
 }
 
 impl<'a> AnchorRequest<'a> {
@@ -42,7 +44,12 @@ impl<'a> AnchorRequest<'a> {
     ///
     /// When the header stands there twice or has bytes outside visible ASCII and spaces.
     pub fn header(&self, name: &'static str) -> Result<Option<&'a str>, AnchorError> {
-        let mut lines = self.head.headers.get_all(name).iter();
+        let headers = &self.head.headers;
+        let parsed = self.names.iter().find(|(known, _)| std::ptr::eq(*known, name));
+        let mut lines = match parsed {
+            Some((_, parsed)) => headers.get_all(parsed).iter(),
+            None => headers.get_all(name).iter(),
+        };
         let Some(line) = lines.next() else { return Ok(None) };
         if lines.next().is_some() {
             return Err(AnchorError::malformed(name, "the header stands there twice"));

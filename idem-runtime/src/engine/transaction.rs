@@ -189,31 +189,35 @@ impl Shared {
     /// Begins a transaction that claims the key for a request, or says what stands in its way.
     pub(crate) async fn begin(
         self: &Arc<Self>,
-        call: &Call,
+        mut call: Call,
         slot: &Slot,
         request: &mut dyn Comparable,
     ) -> Admission {
         if self.background.len() >= self.limits.detached {
-            return self.refuse(call, Refusal::new(RefusalKind::Busy), None);
+            return self.refuse(&call, Refusal::new(RefusalKind::Busy), None);
         }
         let transact = match self.transact() {
             Ok(transact) => transact,
-            Err(wrong) => return self.wrong(call, wrong),
+            Err(wrong) => return self.wrong(&call, wrong),
         };
-        let operation_id = OperationId::derived(&call.key, &call.fingerprint);
-        let mut claim = call.claim(operation_id);
+        let claim = &mut call.claim;
+        claim.operation_id = OperationId::derived(&claim.key, &claim.fingerprint);
+        if let Some((decision, record)) = self.at_hand(&call.claim) {
+            return self.answer(&call, decision, &record);
+        }
         for _ in 0..4 {
             mark!("transaction.begin.before");
             // Its duplicates must not queue for connections, which owners may hold all of.
-            let begun = match self.holds_in_transaction(&claim.key) {
+            let begun = match self.holds_in_transaction(&call.claim.key) {
                 true => Ok(Begun::Held),
                 false => {
-                    let begun = self.ask(mark!("transaction.begin.sent" => transact.begin(&claim)));
+                    let begun =
+                        self.ask(mark!("transaction.begin.sent" => transact.begin(&call.claim)));
                     match begun.await {
                         // Another process may only be reading it: what is completed is replayed to
                         // both.
                         Ok(Begun::Held) => {
-                            let completed = self.completed(&claim.key).await;
+                            let completed = self.completed(&call.claim.key).await;
                             Ok(completed.map_or(Begun::Held, Begun::Found))
                         }
                         begun => begun,
@@ -223,37 +227,33 @@ impl Shared {
             mark!("transaction.begin.answered");
             let record = match begun {
                 Ok(Begun::Granted(transaction, record)) => {
-                    return self.begun(call, claim, slot, transaction, &record).await;
+                    return self.begun(call, slot, transaction, &record).await;
                 }
-                Ok(Begun::Held) if call.policy.waits() => {
-                    return Admission::Wait(Box::new(claim));
-                }
+                Ok(Begun::Held) if call.policy.waits() => return Admission::Wait(call),
                 Ok(Begun::Held) => {
-                    return self.refuse(call, Refusal::new(RefusalKind::InFlight), None);
+                    return self.refuse(&call, Refusal::new(RefusalKind::InFlight), None);
                 }
                 Ok(Begun::Unknown) => {
-                    return self.refuse(call, Refusal::new(RefusalKind::UnknownKey), None);
+                    return self.refuse(&call, Refusal::new(RefusalKind::UnknownKey), None);
                 }
                 Ok(Begun::Found(record)) => record,
                 // Without its database the handler could do nothing: `open` does not help.
                 Err(error) => {
                     let refusal = Refusal::new(refusal_of(&error));
-                    return self.refuse(call, refusal, Some(error));
+                    return self.refuse(&call, refusal, Some(error));
                 }
             };
-            let (decision, ours) = match judge(&claim, &record, request).await {
+            let (decision, ours) = match judge(&call.claim, &record, request).await {
                 Ok(judged) => judged,
-                Err(kind) => return self.refuse_about(call, kind, &record),
+                Err(kind) => return self.refuse_about(&call, kind, &record),
             };
             match decision {
-                Decision::Run => claim.fingerprint = ours,
-                Decision::InFlight if call.policy.waits() => {
-                    return Admission::Wait(Box::new(claim));
-                }
-                decision => return self.answer(call, decision, &record),
+                Decision::Run => call.claim.fingerprint = ours.unwrap_or(call.claim.fingerprint),
+                Decision::InFlight if call.policy.waits() => return Admission::Wait(call),
+                decision => return self.answer(&call, decision, &record),
             }
         }
-        self.refuse(call, Refusal::new(RefusalKind::InFlight), None)
+        self.refuse(&call, Refusal::new(RefusalKind::InFlight), None)
     }
 
     /// The record of a key, if its answer is committed.
@@ -264,8 +264,7 @@ impl Shared {
 
     async fn begun(
         self: &Arc<Self>,
-        call: &Call,
-        claim: Claim,
+        call: Call,
         slot: &Slot,
         transaction: Box<dyn Transaction>,
         record: &Record,
@@ -276,12 +275,13 @@ impl Shared {
                 let _ = self.ask(transaction.roll_back()).await;
                 let error = StoreError::caused_by("idem", StoreErrorKind::Corrupt, corrupt);
                 let refusal = Refusal::new(RefusalKind::RecordUnreadable);
-                return self.refuse(call, refusal.about(record.operation_id), Some(error));
+                return self.refuse(&call, refusal.about(record.operation_id), Some(error));
             }
         };
         if let Err(wrong) = slot.fill(transaction) {
-            return self.wrong(call, wrong);
+            return self.wrong(&call, wrong);
         }
+        let Call { claim, policy } = call;
         let attempt = Attempt::in_transaction(record.operation_id, record.attempt, issued);
         let (key, token, operation) = (claim.key, claim.token, Arc::clone(&claim.operation));
         let held = InTransaction {
@@ -290,19 +290,20 @@ impl Shared {
             token,
             slot: slot.clone(),
             keeps_effects: AtomicBool::new(false),
-            claim: Box::new(claim),
+            claim,
             _held: HeldKey::new(self, key),
         };
         // Who waits for it elsewhere must be heard.
-        if call.policy.waits() {
+        if policy.waits() {
             self.listen();
         }
         mark!("transaction.held");
         Admission::Run(Run {
             hold: Hold::Transaction(Box::new(held)),
             operation,
-            enforced: call.policy.mode == Mode::Enforce,
+            enforced: policy.mode == Mode::Enforce,
             attempt,
+            must_yield: false,
         })
     }
 

@@ -61,7 +61,9 @@ pub(super) fn say(
     }
     let headers = response.headers_mut();
     // Further in the key may have had no use: here it has.
-    headers.remove(IGNORED);
+    if headers.keys().any(|name| name == IGNORED) {
+        headers.remove(IGNORED);
+    }
     if let (Some(name), Some(id)) = (&shared.operation_header, operation_id) {
         let mut text = Uuid::encode_buffer();
         let text = id.as_uuid().hyphenated().encode_lower(&mut text);

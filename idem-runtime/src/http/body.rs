@@ -2,22 +2,24 @@
 
 use std::{
     error::Error as _,
+    future::poll_fn,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
 };
 
 use axum::{Error, body::Body};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, LengthLimitError};
-use tokio::time::{Instant, timeout_at};
+
+use crate::engine::deadline::{Deadline, TooLate};
 
 /// A body after it was read up to a bound.
 pub(super) enum Buffered {
     /// All of it, and its trailers if it ends in some.
-    Whole(Bytes, Option<HeaderMap>),
+    Whole(Bytes, Option<Box<HeaderMap>>),
     /// It is larger, slower, or broke off. This is all of it, from its first byte on.
     Beyond(Body, Bound),
 }
@@ -32,34 +34,44 @@ pub(super) enum Bound {
 }
 
 /// Reads a body up to a size and for a time.
-pub(super) async fn buffer(mut body: Body, limit: usize, time: Duration) -> Buffered {
-    if body.size_hint().lower() > limit as u64 {
-        return Buffered::Beyond(body, Bound::Size);
-    }
-    let now = Instant::now();
-    // A time beyond the clock's reach is no bound.
-    let deadline = now.checked_add(time).unwrap_or_else(|| now + Duration::from_secs(1 << 32));
-    let mut read = Joined::default();
-    let (next, bound) = loop {
-        let data = match timeout_at(deadline, body.frame()).await {
-            Err(_) => break (None, Bound::Time),
-            Ok(None) => return Buffered::Whole(read.finish(), None),
-            Ok(Some(Err(error))) => {
-                let bound =
-                    if is_beyond_a_layers_limit(&error) { Bound::Size } else { Bound::Broken };
-                break (Some(Err(error)), bound);
-            }
-            Ok(Some(Ok(frame))) => match frame.into_data() {
-                Ok(data) => data,
-                Err(frame) => return Buffered::Whole(read.finish(), frame.into_trailers().ok()),
-            },
-        };
-        if data.len() > limit - read.len() {
-            break (Some(Ok(Frame::data(data))), Bound::Size);
+pub(super) fn buffer(
+    mut body: Body,
+    limit: usize,
+    time: Duration,
+) -> impl Future<Output = Buffered> {
+    let (mut read, mut deadline) = (Joined::default(), Deadline::after(time));
+    async move {
+        if body.size_hint().lower() > limit as u64 {
+            return Buffered::Beyond(body, Bound::Size);
         }
-        read.push(data);
-    };
-    Buffered::Beyond(Body::new(Resumed { read: read.finish(), next, rest: body }), bound)
+        let (next, bound) = loop {
+            let frame = poll_fn(|context| deadline.poll(&mut body.frame(), context));
+            let data = match frame.await {
+                Err(TooLate) => break (None, Bound::Time),
+                Ok(None) => return Buffered::Whole(read.finish(), None),
+                Ok(Some(Err(error))) => {
+                    let bound =
+                        if is_beyond_a_layers_limit(&error) { Bound::Size } else { Bound::Broken };
+                    break (Some(Err(error)), bound);
+                }
+                Ok(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => data,
+                    Err(frame) => {
+                        let trailers = frame.into_trailers().ok().map(Box::new);
+                        return Buffered::Whole(read.finish(), trailers);
+                    }
+                },
+            };
+            if data.len() > limit - read.len() {
+                break (Some(Ok(Frame::data(data))), Bound::Size);
+            }
+            read.push(data);
+            if body.is_end_stream() {
+                return Buffered::Whole(read.finish(), None);
+            }
+        };
+        Buffered::Beyond(Body::new(Resumed { read: read.finish(), next, rest: body }), bound)
+    }
 }
 
 /// Whether it was a layer's own limit that the body broke off at.
@@ -75,11 +87,11 @@ fn is_beyond_a_layers_limit(error: &Error) -> bool {
 }
 
 /// A body that was buffered whole, to be read again.
-pub(super) fn whole(bytes: Bytes, trailers: Option<HeaderMap>) -> Body {
+pub(super) fn whole(bytes: Bytes, trailers: Option<Box<HeaderMap>>) -> Body {
     match trailers {
         None => Body::from(bytes),
         Some(trailers) => {
-            let next = Some(Ok(Frame::trailers(trailers)));
+            let next = Some(Ok(Frame::trailers(*trailers)));
             Body::new(Resumed { read: bytes, next, rest: Body::empty() })
         }
     }
@@ -90,7 +102,7 @@ pub(super) fn whole(bytes: Bytes, trailers: Option<HeaderMap>) -> Body {
 #[derive(Default)]
 struct Joined {
     only: Bytes,
-    all: BytesMut,
+    all: Vec<u8>,
 }
 
 impl Joined {
@@ -108,7 +120,7 @@ impl Joined {
     }
 
     fn finish(self) -> Bytes {
-        if self.all.is_empty() { self.only } else { self.all.freeze() }
+        if self.all.is_empty() { self.only } else { Bytes::from(self.all) }
     }
 }
 

@@ -9,7 +9,7 @@ use axum::{
 };
 use futures_util::{FutureExt, future::BoxFuture};
 
-use super::serve::{Ran, serve};
+use super::serve::{Arrived, Ran, serve};
 use crate::{engine::Idempotency, policy::Policy};
 
 /// Makes any axum handler idempotent without the macro.
@@ -73,9 +73,12 @@ where
         let engine = Idempotency::from_ref(&state);
         let handler = self.handler;
         let any_state = Arc::new(state.clone());
-        let runner = Box::new(move |request| {
+        let runner = Box::new(move |arrived: Box<Arrived>| {
+            let request = arrived.into_request();
             async move { Ran::Answered(handler.call(request, state).await) }.boxed()
         });
-        serve(engine.shared, &self.policy, request, any_state, runner)
+        let shared = engine.shared;
+        let policy = Arc::new(self.policy.resolve(&shared.options, shared.scope));
+        serve(Arrived::new(shared, request, any_state), policy, runner).boxed()
     }
 }

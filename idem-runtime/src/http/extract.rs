@@ -12,7 +12,7 @@ use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
 use super::{
-    serve::{AnyState, Exchange, Opened, Ran, Unkeyed, serve},
+    serve::{AnyState, Arrived, Exchange, Opened, Ran, Unkeyed, serve},
     unclaimed::Unclaimed,
 };
 use crate::{
@@ -104,19 +104,12 @@ pub struct Idem<E, Source> {
 }
 
 enum Waiting<E> {
-    Request(Box<Held<E>>),
+    Request(Box<Arrived>, Extract<E>),
     Detached(E),
 }
 
-struct Held<E> {
-    engine: Idempotency,
-    request: Request,
-    state: AnyState,
-    extract: Extract<E>,
-}
-
 /// Runs the inner extractor; the state is of the type that it was made for.
-type Extract<E> = fn(Request, AnyState) -> BoxFuture<'static, Result<E, Response>>;
+type Extract<E> = fn(Box<Arrived>, AnyState) -> BoxFuture<'static, Result<E, Response>>;
 
 impl<E, Source> fmt::Debug for Idem<E, Source> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,19 +139,19 @@ where
     async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
         let engine =
             Source::engine(request.extensions(), state).map_err(IntoResponse::into_response)?;
-        let extract: Extract<E> = |request, state| {
+        let extract: Extract<E> = |arrived, state| {
             async move {
                 match state.downcast_ref::<S>() {
-                    Some(state) => {
-                        E::from_request(request, state).await.map_err(IntoResponse::into_response)
-                    }
+                    Some(state) => E::from_request(arrived.into_request(), state)
+                        .await
+                        .map_err(IntoResponse::into_response),
                     None => Err(StatusCode::INTERNAL_SERVER_ERROR.into_response()),
                 }
             }
             .boxed()
         };
-        let held = Held { engine, request, state: Arc::new(state.clone()), extract };
-        Ok(Self { state: Waiting::Request(Box::new(held)), source: PhantomData })
+        let arrived = Arrived::new(engine.shared, request, Arc::new(state.clone()));
+        Ok(Self { state: Waiting::Request(arrived, extract), source: PhantomData })
     }
 }
 
@@ -193,33 +186,32 @@ impl<R: IntoResponse> IntoResponse for Guarded<R> {
 
 /// Runs a handler whose anchors are all in the request: the claim comes before its last extractor,
 /// so that a replay parses nothing.
-pub fn run<E, Source, R, F>(
+pub async fn run<E, Source, R, F>(
     idem: Idem<E, Source>,
     policy: &'static Policy,
     body: F,
-) -> BoxFuture<'static, Guarded<R>>
+) -> Guarded<R>
 where
     E: Send + 'static,
     R: IntoResponse + 'static,
     F: FnOnce(E) -> BoxFuture<'static, R> + Send + 'static,
 {
-    match idem.state {
-        Waiting::Detached(extractor) => body(extractor).map(Guarded::Detached).boxed(),
-        Waiting::Request(held) => {
-            let Held { engine, request, state, extract } = *held;
-            let for_extractor = Arc::clone(&state);
-            let runner = Box::new(move |request| {
-                async move {
-                    match extract(request, for_extractor).await {
-                        Ok(extractor) => Ran::Answered(body(extractor).await.into_response()),
-                        Err(rejection) => Ran::Rejected(rejection),
-                    }
-                }
-                .boxed()
-            });
-            serve(engine.shared, policy, request, state, runner).map(Guarded::Response).boxed()
+    let (arrived, extract) = match idem.state {
+        Waiting::Detached(extractor) => return Guarded::Detached(body(extractor).await),
+        Waiting::Request(arrived, extract) => (arrived, extract),
+    };
+    let (policy, state) = (arrived.shared().resolved(policy), arrived.state());
+    let runner = Box::new(move |arrived| {
+        let extracted = extract(arrived, state);
+        async move {
+            match extracted.await {
+                Ok(extractor) => Ran::Answered(body(extractor).await.into_response()),
+                Err(rejection) => Ran::Rejected(rejection),
+            }
         }
-    }
+        .boxed()
+    });
+    Guarded::Response(serve(arrived, policy, runner).await)
 }
 
 /// A request whose last extractor was run, before its key is known.
@@ -230,7 +222,7 @@ enum Parsed {
     Detached,
     /// It runs as plain axum.
     Plain(Option<Box<Unclaimed>>),
-    Keyed(Box<Exchange>),
+    Keyed(Exchange),
 }
 
 impl fmt::Debug for Parsed {
@@ -252,39 +244,29 @@ pub async fn parse<E, Source, R>(
     idem: Idem<E, Source>,
     policy: &'static Policy,
 ) -> Result<(ParsedCall, E), Guarded<R>> {
-    let Held { engine, request, state, extract } = match idem.state {
+    let (arrived, extract) = match idem.state {
         Waiting::Detached(extractor) => return Ok((ParsedCall(Parsed::Detached), extractor)),
-        Waiting::Request(held) => *held,
+        Waiting::Request(arrived, extract) => (arrived, extract),
     };
-    let (parsed, request) = match opened(engine, policy, request, Arc::clone(&state)).await {
+    let (policy, state) = (arrived.shared().resolved(policy), arrived.state());
+    let (parsed, arrived) = match Exchange::open(arrived, policy).await {
         Opened::Keyed(mut exchange) => {
-            let request = exchange.request_for_extractor();
-            (Parsed::Keyed(exchange), request)
+            let arrived = exchange.for_extractor();
+            (Parsed::Keyed(exchange), arrived)
         }
-        Opened::Unkeyed(Unkeyed::Plain(request, unclaimed)) => (Parsed::Plain(unclaimed), *request),
-        Opened::Unkeyed(Unkeyed::Observed(exchange) | Unkeyed::Unprotected(exchange)) => {
-            match exchange.admitted().boxed().await {
-                Ok((request, unclaimed)) => (Parsed::Plain(unclaimed), request),
+        Opened::Unkeyed(Unkeyed::Plain(arrived, unclaimed)) => (Parsed::Plain(unclaimed), arrived),
+        Opened::Unkeyed(Unkeyed::Observed(request) | Unkeyed::Unprotected(request)) => {
+            match request.admitted().boxed().await {
+                Ok((arrived, unclaimed)) => (Parsed::Plain(unclaimed), arrived),
                 Err(denied) => return Err(Guarded::Response(denied)),
             }
         }
         Opened::Unkeyed(Unkeyed::Refused(response)) => return Err(Guarded::Response(*response)),
     };
-    match extract(request, state).await {
+    match extract(arrived, state).await {
         Ok(extractor) => Ok((ParsedCall(parsed), extractor)),
         Err(rejection) => Err(Guarded::Response(rejection)),
     }
-}
-
-fn opened(
-    engine: Idempotency,
-    policy: &'static Policy,
-    request: Request,
-    state: AnyState,
-) -> BoxFuture<'static, Opened> {
-    let shared = engine.shared;
-    let policy = policy.resolve(&shared.options, shared.scope);
-    Exchange::open(shared, policy, request, state).boxed()
 }
 
 /// Runs a handler whose last extractor was run already.
@@ -312,7 +294,7 @@ where
             let runner = Box::new(move |_| {
                 async move { Ran::Answered(body(extractor).await.into_response()) }.boxed()
             });
-            exchange.conduct(arguments, runner).map(Guarded::Response).boxed()
+            exchange.conduct(arguments, runner).answered().map(Guarded::Response).boxed()
         }
     }
 }

@@ -20,7 +20,7 @@ use tower_service::Service;
 
 use super::{
     answer::Handled,
-    serve::{AnyState, Ran, Runner, endpoint, serve_under},
+    serve::{AnyState, Arrived, Ran, Runner, endpoint, serve},
 };
 use crate::{
     anchor::AnchorRequest,
@@ -124,7 +124,7 @@ impl Idempotency {
         assert!(!policy.transaction, "layer: `transaction` is for the handler that takes the `Tx`");
         let rules = Rules {
             shared: Arc::clone(&self.shared),
-            policy: Resolved { is_layer: true, ..policy },
+            policy: Arc::new(Resolved { is_layer: true, ..policy }),
             excepted: Vec::new(),
             no_state: Arc::new(()),
         };
@@ -188,7 +188,7 @@ impl IdempotencyLayer {
 #[derive(Clone)]
 struct Rules {
     shared: Arc<Shared>,
-    policy: Resolved,
+    policy: Arc<Resolved>,
     excepted: Vec<Excepted>,
     /// The router's, of which a layer knows nothing.
     no_state: AnyState,
@@ -225,10 +225,11 @@ impl Rules {
     }
 
     /// What a request is called whose key is not used, if it has one. Its body is not looked at.
-    fn unused_key(&self, head: &Parts) -> Option<String> {
-        let request = AnchorRequest { head, parameters: &[], body: b"" };
+    fn unused_key(&self, head: &Parts) -> Option<Arc<str>> {
+        let request =
+            AnchorRequest { head, parameters: &[], body: b"", names: &self.policy.headers };
         let was_sent = self.policy.anchor.was_sent(&request);
-        was_sent.then(|| endpoint(head, &[], &self.policy.anchor).text().to_owned())
+        was_sent.then(|| Arc::clone(endpoint(head, &[], &self.policy).text()))
     }
 
     /// Says that a key was ignored, unless the handler used it.
@@ -320,9 +321,9 @@ where
             .boxed();
         }
         let request = Request::from_parts(head, Body::new(body));
-        let runner: Runner = Box::new(move |request| {
+        let runner: Runner = Box::new(move |arrived| {
             async move {
-                Ran::Answered(match inner.call(request).await {
+                Ran::Answered(match inner.call(arrived.into_request()).await {
                     Ok(response) => response.into_response(),
                     Err(error) => Failed::response(error),
                 })
@@ -330,8 +331,8 @@ where
             .boxed()
         });
         let (shared, no_state) = (Arc::clone(&rules.shared), Arc::clone(&rules.no_state));
-        let served = serve_under(shared, rules.policy, request, no_state, runner);
-        served.map(Failed::result).boxed()
+        let arrived = Arrived::new(shared, request, no_state);
+        serve(arrived, Arc::clone(&rules.policy), runner).map(Failed::result).boxed()
     }
 }
 

@@ -1,6 +1,11 @@
 //! The life of a request, from its last extractor to its answer.
 
-use std::{any::Any, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    any::Any,
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use axum::{
     body::Body,
@@ -19,7 +24,7 @@ use super::{
     unclaimed::Unclaimed,
 };
 use crate::{
-    anchor::{Anchor, AnchorError, AnchorRequest, Arguments, KeyRules},
+    anchor::{AnchorError, AnchorRequest, Arguments, KeyRules},
     builder::REPLAYED,
     decision::OnUnknown,
     detach::FinishAnyway,
@@ -32,10 +37,9 @@ use crate::{
     key::{Endpoint, OperationId, Space, Values},
     observer::{Event, Outcome},
     operation::{Attempt, Operation},
-    policy::{InFlight, Mode, Policy, Resolved},
+    policy::{InFlight, Mode, Resolved},
     record::{Answer, RecordedResponse, Ttl},
     refusal::{Refusal, RefusalKind},
-    store::Claim,
 };
 
 /// Until when a request may wait for the answer of a running one, in its extensions: the bound of
@@ -50,134 +54,50 @@ pub(crate) enum Ran {
     Rejected(Response),
 }
 
-/// Runs the handler. The request is whole again: head, and the body that was buffered.
-pub(crate) type Runner = Box<dyn FnOnce(Request) -> BoxFuture<'static, Ran> + Send>;
+/// Runs the handler on a request that is whole again: head, and the body that was buffered.
+pub(crate) type Runner = Box<dyn FnOnce(Box<Arrived>) -> BoxFuture<'static, Ran> + Send>;
 
 /// A router's state, of whatever type.
 pub(crate) type AnyState = Arc<dyn Any + Send + Sync>;
 
 /// Serves a request whose handler takes it whole.
-pub(crate) fn serve(
-    shared: Arc<Shared>,
-    policy: &Policy,
-    request: Request,
-    state: AnyState,
+pub(crate) async fn serve(
+    arrived: Box<Arrived>,
+    policy: Arc<Resolved>,
     runner: Runner,
-) -> BoxFuture<'static, Response> {
-    let policy = policy.resolve(&shared.options, shared.scope);
-    serve_under(shared, policy, request, state, runner)
+) -> Response {
+    let conducting = match Exchange::open(arrived, policy).await {
+        Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner),
+        Opened::Unkeyed(unkeyed) => Conducting::Unkeyed(unkeyed.conduct(runner).boxed()),
+    };
+    conducting.answered().await
 }
 
-/// Serves a request under a policy in which everything is said.
-pub(super) fn serve_under(
+/// A request, and whom it has reached. It stays where it is until its handler gets it.
+pub(crate) struct Arrived {
     shared: Arc<Shared>,
-    policy: Resolved,
-    request: Request,
-    state: AnyState,
-    runner: Runner,
-) -> BoxFuture<'static, Response> {
-    async move {
-        match Exchange::open(shared, policy, request, state).await {
-            Opened::Keyed(exchange) => exchange.conduct(Arguments::new(), runner).await,
-            Opened::Unkeyed(unkeyed) => unkeyed.conduct(runner).await,
-        }
-    }
-    .boxed()
-}
-
-/// A request whose head was read, and its body where that is needed.
-pub(crate) struct Exchange {
-    shared: Arc<Shared>,
-    policy: Resolved,
     head: Parts,
     body: Content,
-    parameters: Vec<(String, String)>,
-    endpoint: Endpoint,
     state: AnyState,
 }
 
-enum Content {
-    /// All of it, and its trailers.
-    Buffered(Bytes, Option<HeaderMap>),
-    /// Nothing needed it.
-    Untouched(Body),
-    /// Nothing needed it, and the handler's own extractor has it.
-    Taken,
-}
-
-impl Content {
-    /// What is left of it for the handler.
-    fn into_body(self) -> Body {
-        match self {
-            Self::Buffered(bytes, trailers) => whole(bytes, trailers),
-            Self::Untouched(body) => body,
-            Self::Taken => Body::empty(),
-        }
+impl Arrived {
+    pub(crate) fn new(shared: Arc<Shared>, request: Request, state: AnyState) -> Box<Self> {
+        let (head, body) = request.into_parts();
+        Box::new(Self { shared, head, body: Content::Untouched(body), state })
     }
-}
 
-/// What a request turned out to be.
-pub(crate) enum Opened {
-    /// It is to be protected.
-    Keyed(Box<Exchange>),
-    /// It is not.
-    Unkeyed(Unkeyed),
-}
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
 
-/// What becomes of a request without a usable key.
-pub(crate) enum Unkeyed {
-    /// It runs as plain axum.
-    Plain(Box<Request>, Option<Box<Unclaimed>>),
-    /// It runs although idem would refuse it, since idem only observes.
-    Observed(Box<Exchange>),
-    /// It runs without protection, since its key is optional and not there.
-    Unprotected(Box<Exchange>),
-    /// It is answered already.
-    Refused(Box<Response>),
-}
+    pub(crate) fn state(&self) -> AnyState {
+        Arc::clone(&self.state)
+    }
 
-impl Exchange {
-    /// Reads a request as far as its key needs.
-    pub(crate) async fn open(
-        shared: Arc<Shared>,
-        policy: Resolved,
-        request: Request,
-        state: AnyState,
-    ) -> Opened {
-        if policy.mode == Mode::Off {
-            let mut request = Box::new(request);
-            let unclaimed = Unclaimed::of(&shared, &policy, request.extensions_mut());
-            return Opened::Unkeyed(Unkeyed::Plain(request, unclaimed));
-        }
-        mark!("request.received");
-        let (mut head, body) = request.into_parts();
-        let (parameters, readable) = parameters(&mut head).await;
-        let endpoint = endpoint(&head, &parameters, &policy.anchor);
-        mark!("request.head.read");
-        let body = Content::Untouched(body);
-        let mut exchange = Self { shared, policy, head, body, parameters, endpoint, state };
-        if !readable {
-            let refusal = Refusal::new(RefusalKind::KeyMalformed)
-                .with_detail("A parameter in the path is not UTF-8.");
-            return Opened::Unkeyed(exchange.refused(refusal));
-        }
-        // A key in the head that is missing or malformed is found before a body is waited for.
-        let in_head = !policy.anchor.needs_body() && !policy.anchor.needs_arguments();
-        if in_head && let Err(error) = exchange.values(&mut std::iter::empty()) {
-            return Opened::Unkeyed(exchange.without_key(&error));
-        }
-        let needs_body = policy.anchor.needs_body()
-            || policy.scope.needs_body()
-            || policy.fingerprint.needs_body();
-        if needs_body && let Err(bound) = exchange.buffer().await {
-            let kind = match bound {
-                Bound::Size => RefusalKind::BodyTooLarge,
-                Bound::Broken | Bound::Time => RefusalKind::BodyMalformed,
-            };
-            return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
-        }
-        mark!("request.read");
-        Opened::Keyed(Box::new(exchange))
+    /// The request, whole again.
+    pub(crate) fn into_request(self) -> Request {
+        Request::from_parts(self.head, self.body.into_body())
     }
 
     /// Reads the body, unless it was read before.
@@ -202,50 +122,354 @@ impl Exchange {
         }
     }
 
-    /// Whether an extractor of the handler can be run before the claim: everything that it reads
-    /// is still there.
-    pub(crate) fn request_for_extractor(&mut self) -> Request {
-        let inner = Operation::of(&mut self.head.extensions).inner();
-        self.slot();
-        let body = match &self.body {
-            Content::Buffered(bytes, trailers) => whole(bytes.clone(), trailers.clone()),
-            Content::Untouched(_) | Content::Taken => {
-                std::mem::replace(&mut self.body, Content::Taken).into_body()
-            }
-        };
-        let mut head = self.head.clone();
-        head.extensions.insert(inner);
-        Request::from_parts(head, body)
+    /// The body as far as it was read.
+    fn read(&self) -> Option<&Bytes> {
+        match &self.body {
+            Content::Buffered(bytes, _) => Some(bytes),
+            Content::Untouched(_) | Content::Taken => None,
+        }
     }
 
     fn slot(&mut self) -> Slot {
         self.head.extensions.get_or_insert_default::<Slot>().clone()
     }
+}
 
-    fn anchor_request(&self) -> AnchorRequest<'_> {
-        let body = match &self.body {
-            Content::Buffered(bytes, _) => bytes.as_ref(),
-            Content::Untouched(_) | Content::Taken => b"",
-        };
-        AnchorRequest { head: &self.head, parameters: &self.parameters, body }
+/// A request, and the policy that it is under.
+pub(crate) struct UnderPolicy {
+    arrived: Box<Arrived>,
+    policy: Arc<Resolved>,
+}
+
+/// A request whose head was read, and its body where that is needed.
+pub(crate) struct Exchange {
+    request: UnderPolicy,
+    parameters: Vec<(String, String)>,
+    endpoint: Endpoint,
+    /// What the key is made of, once it was taken from the head.
+    values: Option<Values>,
+}
+
+enum Content {
+    /// All of it, and its trailers.
+    Buffered(Bytes, Option<Box<HeaderMap>>),
+    /// Nothing needed it.
+    Untouched(Body),
+    /// Nothing needed it, and the handler's own extractor has it.
+    Taken,
+}
+
+impl Content {
+    /// What is left of it for the handler.
+    fn into_body(self) -> Body {
+        match self {
+            Self::Buffered(bytes, trailers) => whole(bytes, trailers),
+            Self::Untouched(body) => body,
+            Self::Taken => Body::empty(),
+        }
+    }
+}
+
+/// What a request turned out to be.
+pub(crate) enum Opened {
+    /// It is to be protected.
+    Keyed(Exchange),
+    /// It is not.
+    Unkeyed(Unkeyed),
+}
+
+/// What becomes of a request without a usable key.
+pub(crate) enum Unkeyed {
+    /// It runs as plain axum.
+    Plain(Box<Arrived>, Option<Box<Unclaimed>>),
+    /// It runs although idem would refuse it, since idem only observes.
+    Observed(UnderPolicy),
+    /// It runs without protection, since its key is optional and not there.
+    Unprotected(UnderPolicy),
+    /// It is answered already.
+    Refused(Box<Response>),
+}
+
+impl Exchange {
+    /// Reads a request as far as its key needs.
+    pub(crate) async fn open(mut arrived: Box<Arrived>, policy: Arc<Resolved>) -> Opened {
+        if policy.mode == Mode::Off {
+            let extensions = &mut arrived.head.extensions;
+            let unclaimed = Unclaimed::of(&arrived.shared, &policy, extensions);
+            return Opened::Unkeyed(Unkeyed::Plain(arrived, unclaimed));
+        }
+        mark!("request.received");
+        let (parameters, readable) = parameters(&mut arrived.head).await;
+        let endpoint = endpoint(&arrived.head, &parameters, &policy);
+        mark!("request.head.read");
+        let request = UnderPolicy { arrived, policy };
+        let mut exchange = Self { request, parameters, endpoint, values: None };
+        if !readable {
+            let refusal = Refusal::new(RefusalKind::KeyMalformed)
+                .with_detail("A parameter in the path is not UTF-8.");
+            return Opened::Unkeyed(exchange.refused(refusal));
+        }
+        // A key in the head that is missing or malformed is found before a body is waited for.
+        let anchor = &exchange.request.policy.anchor;
+        if !anchor.needs_body() && !anchor.needs_arguments() {
+            match exchange.read_values(&mut std::iter::empty()) {
+                Ok(values) => exchange.values = Some(values),
+                Err(error) => return Opened::Unkeyed(exchange.without_key(&error)),
+            }
+        }
+        let UnderPolicy { arrived, policy } = &mut exchange.request;
+        let needs_body = policy.anchor.needs_body()
+            || policy.scope.needs_body()
+            || policy.fingerprint.needs_body();
+        if needs_body && let Err(bound) = arrived.buffer().await {
+            let kind = match bound {
+                Bound::Size => RefusalKind::BodyTooLarge,
+                Bound::Broken | Bound::Time => RefusalKind::BodyMalformed,
+            };
+            return Opened::Unkeyed(exchange.refused(Refusal::new(kind)));
+        }
+        mark!("request.read");
+        Opened::Keyed(exchange)
     }
 
-    fn values(&self, arguments: &mut dyn Iterator<Item = Values>) -> Result<Values, AnchorError> {
+    /// What an extractor of the handler gets that is run before the claim: everything that it
+    /// reads is still there.
+    pub(crate) fn for_extractor(&mut self) -> Box<Arrived> {
+        let arrived = &mut self.request.arrived;
+        let inner = Operation::of(&mut arrived.head.extensions).inner();
+        arrived.slot();
+        let body = match &mut arrived.body {
+            Content::Buffered(bytes, trailers) => {
+                Content::Buffered(bytes.clone(), trailers.clone())
+            }
+            body => std::mem::replace(body, Content::Taken),
+        };
+        let mut head = arrived.head.clone();
+        head.extensions.insert(inner);
+        Box::new(Arrived {
+            shared: Arc::clone(&arrived.shared),
+            head,
+            body,
+            state: arrived.state(),
+        })
+    }
+
+    fn anchor_request(&self) -> AnchorRequest<'_> {
+        let body = self.request.arrived.read().map_or(&b""[..], AsRef::as_ref);
+        AnchorRequest {
+            head: &self.request.arrived.head,
+            parameters: &self.parameters,
+            body,
+            names: &self.request.policy.headers,
+        }
+    }
+
+    fn read_values(
+        &self,
+        arguments: &mut dyn Iterator<Item = Values>,
+    ) -> Result<Values, AnchorError> {
         let mut values = Values::new();
-        let rules = KeyRules { format: None, longest: self.shared.limits.key_length };
-        self.policy.anchor.collect(&self.anchor_request(), arguments, rules, &mut values)?;
+        let rules =
+            KeyRules { format: None, longest: self.request.arrived.shared.limits.key_length };
+        self.request.policy.anchor.collect(
+            &self.anchor_request(),
+            arguments,
+            rules,
+            &mut values,
+        )?;
         Ok(values)
     }
 
     /// A request without a usable key runs as plain axum where that is allowed.
     fn without_key(self, error: &AnchorError) -> Unkeyed {
-        if self.policy.optional && matches!(error, AnchorError::Missing { .. }) {
+        if self.request.policy.optional && matches!(error, AnchorError::Missing { .. }) {
             self.tell(Outcome::Unprotected, None);
-            return Unkeyed::Unprotected(Box::new(self));
+            return Unkeyed::Unprotected(self.request);
         }
         self.refused(Refusal::of_key(error))
     }
 
+    /// A refusal before any look-up; where idem only observes, the request runs all the same.
+    fn refused(self, refusal: Refusal) -> Unkeyed {
+        self.tell(Outcome::Refused(refusal.kind()), None);
+        match self.request.policy.mode {
+            Mode::Observe => Unkeyed::Observed(self.request),
+            Mode::Enforce | Mode::Off => Unkeyed::Refused(Box::new(self.request.render(refusal))),
+        }
+    }
+
+    fn tell(&self, outcome: Outcome, operation_id: Option<OperationId>) {
+        self.request.arrived.shared.observe(&Event {
+            outcome,
+            operation: self.endpoint.text(),
+            operation_id,
+            attempt: None,
+            error: None,
+            enforced: self.request.policy.mode == Mode::Enforce,
+        });
+    }
+
+    /// Takes key, scope and fingerprint, to claim, run and record.
+    pub(crate) fn conduct(mut self, arguments: Arguments, runner: Runner) -> Conducting {
+        match self.call(arguments) {
+            Ok(call) => {
+                mark!("request.keyed");
+                let shared = Arc::clone(&self.request.arrived.shared);
+                let operation = Arc::clone(&call.claim.operation);
+                let claimed = self.claim(call, runner);
+                Conducting::Claiming(FinishAnyway::new(shared, operation, claimed))
+            }
+            Err(unusable) => {
+                let unkeyed = match unusable {
+                    Unusable::Key(error) => self.without_key(&error),
+                    Unusable::Other(refusal) => self.refused(refusal),
+                };
+                Conducting::Unkeyed(unkeyed.conduct(runner).boxed())
+            }
+        }
+    }
+
+    fn call(&mut self, arguments: Arguments) -> Result<Call, Unusable> {
+        let mut arguments = arguments.0.into_iter();
+        let values = match self.values.take() {
+            Some(values) => values,
+            None => self.read_values(&mut arguments).map_err(Unusable::Key)?,
+        };
+        let mut scope = Values::new();
+        self.request
+            .policy
+            .scope
+            .collect(&self.anchor_request(), &mut arguments, &mut scope)
+            .map_err(|error| Unusable::Other(Refusal::of_scope(&error)))?;
+        let digester = &self.request.arrived.shared.digester;
+        let mut buffer = Vec::with_capacity(256);
+        let scheme = &self.request.policy.fingerprint;
+        let fingerprint =
+            scheme.fingerprint(digester, &mut buffer, &self.subject()).map_err(|error| {
+                let refusal = Refusal::new(RefusalKind::BodyMalformed);
+                Unusable::Other(refusal.with_detail(format!("{error}.")))
+            })?;
+        let space = match self.request.policy.space {
+            Some(name) => Space::Named(name),
+            None if self.request.policy.is_layer => Space::Layer(&self.endpoint),
+            None => Space::Operation(&self.endpoint),
+        };
+        let key = digester.key_and_scope(&mut buffer, space, &scope, &values);
+        let operation = Arc::clone(self.endpoint.text());
+        Ok(Call::new(key, operation, fingerprint, Arc::clone(&self.request.policy)))
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        let request = self.anchor_request();
+        Subject {
+            endpoint: self.request.policy.space.map(|_| &self.endpoint),
+            query: request.head.uri.query().unwrap_or_default(),
+            headers: &request.head.headers,
+            body: request.body,
+        }
+    }
+
+    // Each request has one of these on the heap: what is rare in it stands in a box of its own, and
+    // what is common is moved as little as may be.
+    fn claim(mut self, call: Call, runner: Runner) -> BoxFuture<'static, Conducted> {
+        async move {
+            let known = self.request.arrived.head.extensions.get::<Operation>();
+            let outer = known.and_then(|known| {
+                known.claimed_further_out(&self.request.arrived.shared, &call.claim.key)
+            });
+            mark!("request.claiming");
+            let until = self.may_wait_until();
+            let shared = Arc::clone(&self.request.arrived.shared);
+            let enforced = self.request.policy.mode == Mode::Enforce;
+            let run = {
+                let admission = match (outer, self.request.policy.transaction) {
+                    // One key has one record: the claim that this request has already protects this run,
+                    // too.
+                    (Some(outer), false) => {
+                        return Conducted::Answered(self.run_within(&outer, runner).boxed().await);
+                    }
+                    // But that record is written after the commit, and a crash in between would be a
+                    // rerun.
+                    (Some(_), true) => shared.wrong(&call, WrongTransaction::ClaimedFurtherOut),
+                    (None, true) => {
+                        let slot = self.request.arrived.slot();
+                        shared.begin(call, &slot, &mut self).boxed().await
+                    }
+                    (None, false) => shared.admit(call, &mut self).await,
+                };
+                match admission {
+                    Admission::Run(run) => run,
+                    Admission::Wait(call) => {
+                        return Conducted::Waits(Box::new(Waiting { exchange: self, call, until }));
+                    }
+                    Admission::Refuse(refusal, _) if enforced => {
+                        return Conducted::Answered(self.request.render(refusal));
+                    }
+                    Admission::Replay { answer, operation_id } => {
+                        self.tell(Outcome::Replayed, Some(operation_id));
+                        return Conducted::Answered(match enforced {
+                            true => self.request.replay(answer, operation_id),
+                            false => self.request.run_unclaimed(runner).boxed().await,
+                        });
+                    }
+                    Admission::Refuse(..) => {
+                        return Conducted::Answered(
+                            self.request.run_unclaimed(runner).boxed().await,
+                        );
+                    }
+                    Admission::Unprotected => {
+                        let response = self.request.run_unclaimed(runner).boxed().await;
+                        return Conducted::Answered(unprotected(response));
+                    }
+                }
+            };
+            run.give_way().await;
+            Conducted::Answered(self.request.run(run, runner).await)
+        }
+        .boxed()
+    }
+
+    /// Until when this request may wait, here or further in, if it may wait here.
+    fn may_wait_until(&mut self) -> Option<Instant> {
+        let InFlight::Wait(bound) = self.request.policy.in_flight else { return None };
+        if !self.request.policy.waits() {
+            return None;
+        }
+        let head = &mut self.request.arrived.head;
+        let bound = preferred_wait(&head.headers).map_or(bound, |wait| wait.min(bound));
+        let own = later(Instant::now(), bound);
+        let outer = head.extensions.get().map(|WaitUntil(outer)| *outer);
+        let until = outer.map_or(own, |outer| outer.min(own));
+        head.extensions.insert(WaitUntil(until));
+        Some(until)
+    }
+
+    /// Runs the handler under the claim of whoever handed the request on. What the handler says of
+    /// unknown outcomes holds all the same.
+    async fn run_within(mut self, outer: &Attempt, runner: Runner) -> Response {
+        let operation = Operation::of(&mut self.request.arrived.head.extensions);
+        let is_refused = self.request.policy.on_unknown == OnUnknown::Refuse
+            && self.request.policy.mode == Mode::Enforce
+            && outer.number > 1;
+        match self.request.recovered(outer, &operation).await {
+            Some(Recovery::Answered(response)) => {
+                let mut response = response.map(Body::new);
+                response.extensions_mut().insert(Settle::recorded());
+                response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+                response
+            }
+            None if !is_refused => self.request.run_unclaimed(runner).await,
+            Some(Recovery::NeverHappened) => self.request.run_unclaimed(runner).await,
+            Some(Recovery::Unknown) | None => {
+                let kind = RefusalKind::UnknownOutcome;
+                self.tell(Outcome::Refused(kind), Some(outer.id));
+                self.request.render(Refusal::new(kind).about(outer.id))
+            }
+        }
+    }
+}
+
+impl UnderPolicy {
     /// Asks the application whether a request that would run may, and otherwise for its answer.
     async fn ask_to_admit(&mut self, operation: &Operation) -> Result<(), Response> {
         let Some(admit) = self.policy.admit else { return Ok(()) };
@@ -253,204 +477,111 @@ impl Exchange {
         admit(context).await.map_err(|Denied(response)| response.map(Body::new))
     }
 
-    /// A refusal before any look-up; where idem only observes, the request runs all the same.
-    fn refused(self, refusal: Refusal) -> Unkeyed {
-        self.tell(Outcome::Refused(refusal.kind()), None);
-        match self.policy.mode {
-            Mode::Observe => Unkeyed::Observed(Box::new(self)),
-            Mode::Enforce | Mode::Off => Unkeyed::Refused(Box::new(self.render(refusal))),
-        }
-    }
-
-    fn render(&self, refusal: Refusal) -> Response {
-        mark!("refusal.before");
-        let (outcome, operation_id) = (Outcome::Refused(refusal.kind()), refusal.operation_id());
-        let mut response = refuse(&self.shared, &self.policy, refusal);
-        say(&self.shared, &self.policy, &mut response, outcome, operation_id);
-        response
-    }
-
-    fn into_request(self) -> Request {
-        Request::from_parts(self.head, self.body.into_body())
-    }
-
-    fn tell(&self, outcome: Outcome, operation_id: Option<OperationId>) {
-        self.shared.observe(&Event {
-            outcome,
-            operation: self.endpoint.text(),
-            operation_id,
-            attempt: None,
-            error: None,
-            enforced: self.policy.mode == Mode::Enforce,
-        });
-    }
-
-    /// Takes key, scope and fingerprint, then claims, runs and records.
-    pub(crate) async fn conduct(self: Box<Self>, arguments: Arguments, runner: Runner) -> Response {
-        let call = match self.call(arguments) {
-            Ok(call) => call,
-            Err(unusable) => {
-                let unkeyed = match unusable {
-                    Unusable::Key(error) => self.without_key(&error),
-                    Unusable::Other(refusal) => self.refused(refusal),
-                };
-                return unkeyed.conduct(runner).await;
-            }
-        };
-        mark!("request.keyed");
-        let (shared, operation) = (Arc::clone(&self.shared), Arc::clone(&call.operation));
-        let claimed = self.claim(call, runner).boxed();
-        match FinishAnyway::new(shared, operation, claimed).await {
-            Conducted::Answered(response) => {
-                mark!("request.answered");
-                *response
-            }
-            // Who waits has claimed nothing: a client that hangs up is gone at once.
-            Conducted::Waits(waiting) => waiting.wait().await,
-        }
-    }
-
-    fn call(&self, arguments: Arguments) -> Result<Call, Unusable> {
-        let mut arguments = arguments.0.into_iter();
-        let values = self.values(&mut arguments).map_err(Unusable::Key)?;
-        let mut scope = Values::new();
-        self.policy
-            .scope
-            .collect(&self.anchor_request(), &mut arguments, &mut scope)
-            .map_err(|error| Unusable::Other(Refusal::of_scope(&error)))?;
-        let digester = &self.shared.digester;
-        let fingerprint =
-            self.policy.fingerprint.fingerprint(digester, &self.subject()).map_err(|error| {
-                let refusal = Refusal::new(RefusalKind::BodyMalformed);
-                Unusable::Other(refusal.with_detail(format!("{error}.")))
-            })?;
-        let space = match self.policy.space {
-            Some(name) => Space::Named(name),
-            None if self.policy.is_layer => Space::Layer(&self.endpoint),
-            None => Space::Operation(&self.endpoint),
-        };
-        Ok(Call {
-            key: digester.key(space, &scope, &values),
-            scope: digester.scope(&scope),
-            operation: Arc::from(self.endpoint.text()),
-            fingerprint,
-            policy: self.policy,
-        })
-    }
-
-    fn subject(&self) -> Subject<'_> {
-        let request = self.anchor_request();
-        Subject {
-            endpoint: self.policy.space.map(|_| &self.endpoint),
-            query: self.head.uri.query().unwrap_or_default(),
-            headers: &self.head.headers,
-            body: request.body,
-        }
-    }
-
-    async fn claim(mut self: Box<Self>, call: Call, runner: Runner) -> Conducted {
-        let shared = Arc::clone(&self.shared);
-        let known = self.head.extensions.get::<Operation>();
-        let outer = known.and_then(|known| known.claimed_further_out(&shared, &call.key));
-        mark!("request.claiming");
-        let until = self.may_wait_until();
-        let admission = match (outer, self.policy.transaction) {
-            // One key has one record: the claim that this request has already protects this run, too.
-            (Some(outer), false) => {
-                return Conducted::Answered(Box::new(self.run_within(&outer, runner).await));
-            }
-            // But that record is written after the commit, and a crash in between would be a rerun.
-            (Some(_), true) => shared.wrong(&call, WrongTransaction::ClaimedFurtherOut),
-            (None, true) => {
-                let slot = self.slot();
-                shared.begin(&call, &slot, &mut *self).await
-            }
-            (None, false) => shared.admit(&call, &mut *self).await,
-        };
-        let enforced = self.policy.mode == Mode::Enforce;
-        let response = match admission {
-            Admission::Run(run) => self.run(run, runner).await,
-            Admission::Replay { answer, operation_id } => {
-                self.tell(Outcome::Replayed, Some(operation_id));
-                match enforced {
-                    true => self.replay(answer, operation_id),
-                    false => self.run_unclaimed(runner).await,
-                }
-            }
-            Admission::Wait(claim) => {
-                return Conducted::Waits(Box::new(Waiting { exchange: self, call, claim, until }));
-            }
-            Admission::Refuse(refusal, _) if enforced => self.render(refusal),
-            Admission::Refuse(..) => self.run_unclaimed(runner).await,
-            Admission::Unprotected => unprotected(self.run_unclaimed(runner).await),
-        };
-        Conducted::Answered(Box::new(response))
-    }
-
-    /// Until when this request may wait, here or further in, if it may wait here.
-    fn may_wait_until(&mut self) -> Option<Instant> {
-        let InFlight::Wait(bound) = self.policy.in_flight else { return None };
-        if !self.policy.waits() {
-            return None;
-        }
-        let bound = preferred_wait(&self.head.headers).map_or(bound, |wait| wait.min(bound));
-        let own = later(Instant::now(), bound);
-        let outer = self.head.extensions.get().map(|WaitUntil(outer)| *outer);
-        let until = outer.map_or(own, |outer| outer.min(own));
-        self.head.extensions.insert(WaitUntil(until));
-        Some(until)
-    }
-
     /// What `admit` and `recover` functions see.
     fn context(&self, operation: &Operation) -> RequestContext {
-        let body = match &self.body {
-            Content::Buffered(bytes, _) => bytes.clone(),
-            Content::Untouched(_) | Content::Taken => Bytes::new(),
-        };
-        let (operation, head) = (operation.clone(), self.head.clone());
-        RequestContext { operation, head, body, state: Arc::clone(&self.state) }
+        let body = self.arrived.read().cloned().unwrap_or_default();
+        let (operation, head) = (operation.clone(), self.arrived.head.clone());
+        RequestContext { operation, head, body, state: self.arrived.state() }
     }
 
     /// The request of a handler that runs without a claim, if the application admits it: its limits
     /// hold for every run, or a request without a key would pass them by.
     pub(crate) async fn admitted(
-        mut self: Box<Self>,
-    ) -> Result<(Request, Option<Box<Unclaimed>>), Response> {
-        let operation = Operation::of(&mut self.head.extensions);
+        mut self,
+    ) -> Result<(Box<Arrived>, Option<Box<Unclaimed>>), Response> {
+        let operation = Operation::of(&mut self.arrived.head.extensions);
         self.ask_to_admit(&operation).await?;
-        let unclaimed = Unclaimed::of(&self.shared, &self.policy, &mut self.head.extensions);
-        Ok((self.into_request(), unclaimed))
+        let Self { mut arrived, policy } = self;
+        let unclaimed = Unclaimed::of(&arrived.shared, &policy, &mut arrived.head.extensions);
+        Ok((arrived, unclaimed))
     }
 
-    async fn run_unclaimed(self: Box<Self>, runner: Runner) -> Response {
+    async fn run_unclaimed(self, runner: Runner) -> Response {
         match self.admitted().await {
-            Ok((request, unclaimed)) => plain(request, unclaimed, runner).await,
+            Ok((arrived, unclaimed)) => plain(arrived, unclaimed, runner).await,
             Err(denied) => denied,
         }
     }
 
-    /// Runs the handler under the claim of whoever handed the request on. What the handler says of
-    /// unknown outcomes holds all the same.
-    async fn run_within(mut self: Box<Self>, outer: &Attempt, runner: Runner) -> Response {
-        let operation = Operation::of(&mut self.head.extensions);
-        let is_refused = self.policy.on_unknown == OnUnknown::Refuse
-            && self.policy.mode == Mode::Enforce
-            && outer.number > 1;
-        match self.recovered(outer, &operation).await {
-            Some(Recovery::Answered(response)) => {
-                let mut response = response.map(Body::new);
-                response.extensions_mut().insert(Settle::recorded());
-                response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
-                response
+    /// Runs the handler under its claim, and says what came of it.
+    fn run(mut self, run: Run, runner: Runner) -> impl Future<Output = Response> {
+        mark!("run.starting");
+        let (shared, policy) = (Arc::clone(&self.arrived.shared), Arc::clone(&self.policy));
+        let operation = Operation::granted(&mut self.arrived.head.extensions, &run.attempt);
+        let operation_id = run.attempt.id;
+        // On the level that services run with: what a handler logs in production is to lead to its
+        // record. Without a subscriber it costs a comparison.
+        let span = tracing::info_span!(
+            "idempotent",
+            operation = run.operation(),
+            %operation_id,
+            attempt = run.attempt.number,
+        );
+        async move {
+            let work = AssertUnwindSafe(self.work(&run, &operation, runner).instrument(span));
+            let (response, end, panicked) = match work.catch_unwind().await {
+                Ok(Some((response, end))) => (Some(response), end, None),
+                Ok(None) => (None, End::Release, None),
+                Err(panic) => (None, End::Release, Some(panic)),
+            };
+            let (ended, outcome) = run.end(end).await;
+            // Where idem only observes, a panic is the server's own affair.
+            if let Some(panic) = panicked
+                && policy.mode == Mode::Observe
+            {
+                std::panic::resume_unwind(panic);
             }
-            None if !is_refused => self.run_unclaimed(runner).await,
-            Some(Recovery::NeverHappened) => self.run_unclaimed(runner).await,
-            Some(Recovery::Unknown) | None => {
-                let kind = RefusalKind::UnknownOutcome;
-                self.tell(Outcome::Refused(kind), Some(outer.id));
-                self.render(Refusal::new(kind).about(outer.id))
-            }
+            let (mut response, operation_id) =
+                owners(&shared, &policy, ended, response, operation_id);
+            say(&shared, &policy, &mut response, outcome, Some(operation_id));
+            mark!("response.ready");
+            response
         }
+    }
+
+    /// Asks the application what an earlier attempt came to, and whether this one may run; then
+    /// runs it. Everything of the application's is in here, up to the last piece of its response's
+    /// body; `None` if it threw the work away.
+    async fn work(
+        mut self,
+        run: &Run,
+        operation: &Operation,
+        runner: Runner,
+    ) -> Option<(Response, End)> {
+        let asks = self.policy.recover.is_some() || self.policy.admit.is_some();
+        if asks && let Some(answered) = self.ask_before(run, operation).boxed().await {
+            return Some(answered);
+        }
+        let Self { arrived, policy } = self;
+        let shared = Arc::clone(&arrived.shared);
+        mark!("handler.starting");
+        let mut response = match shared.carried(|| runner(arrived)).await? {
+            Ran::Answered(response) => response,
+            Ran::Rejected(response) => return Some((response, End::Forget)),
+        };
+        mark!("handler.returned");
+        let refused = response.extensions().get().map(|Refused(kind)| *kind);
+        // What a handler says of its answer holds for whoever claimed further out, too.
+        let said = response.extensions().get::<Settle>().copied();
+        let settle = match refused {
+            // Before a handler asked whoever refused it, it may have done something. What a layer
+            // hands on has been done by nobody.
+            Some(_) if !policy.is_layer && response.status().is_server_error() => {
+                Settle::uncertain()
+            }
+            Some(kind) => after_a_refusal(kind),
+            None => said.unwrap_or(Settle::BY_POLICY),
+        };
+        if settle.keeps_effects {
+            run.keep_effects();
+        }
+        let end = weigh(&shared, &policy, &mut response, settle).await;
+        mark!("response.weighed");
+        let by_handler = refused.is_none() && settle.fate == Fate::Forget;
+        Some(match end {
+            End::Forget if !by_handler && run.attempt.has_steps() => (response, End::Release),
+            end => (response, end),
+        })
     }
 
     /// What the application says that an earlier attempt came to, if it is to be asked.
@@ -465,19 +596,14 @@ impl Exchange {
         Some(recovered)
     }
 
-    /// Asks the application what an earlier attempt came to, and whether this one may run; then
-    /// runs it. Everything of the application's is in here, up to the last piece of its response's
-    /// body; `None` if it threw the work away.
-    async fn work(
-        mut self: Box<Self>,
-        run: &Run,
-        operation: Operation,
-        runner: Runner,
-    ) -> Option<(Response, End)> {
-        match self.recovered(&run.attempt, &operation).await {
+    /// Asks the application, before its handler starts, where it wants to be asked; what it says
+    /// may be the answer already.
+    async fn ask_before(&mut self, run: &Run, operation: &Operation) -> Option<(Response, End)> {
+        match self.recovered(&run.attempt, operation).await {
             Some(Recovery::Answered(response)) => {
-                let (response, settle) = (response.map(Body::new), Settle::recorded());
-                let (mut response, end) = weigh(&self.shared, &self.policy, response, settle).await;
+                let (mut response, settle) = (response.map(Body::new), Settle::recorded());
+                let shared = &self.arrived.shared;
+                let end = weigh(shared, &self.policy, &mut response, settle).await;
                 response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
                 return Some((response, end));
             }
@@ -487,100 +613,24 @@ impl Exchange {
             }
             Some(Recovery::NeverHappened) | None => {}
         }
-        match AssertUnwindSafe(self.ask_to_admit(&operation)).catch_unwind().await {
-            Ok(Ok(())) => {}
-            Ok(Err(denied)) => return Some((denied, End::Forget)),
+        match AssertUnwindSafe(self.ask_to_admit(operation)).catch_unwind().await {
+            Ok(Ok(())) => None,
+            Ok(Err(denied)) => Some((denied, End::Forget)),
             // The handler did not start: nothing is unknown.
             Err(_) if self.policy.mode == Mode::Enforce => {
                 let refusal = Refusal::new(RefusalKind::HandlerPanicked).about(run.attempt.id);
-                return Some((self.render(refusal), End::Forget));
+                Some((self.render(refusal), End::Forget))
             }
             Err(panic) => std::panic::resume_unwind(panic),
         }
-        let Self { shared, policy, mut head, body, .. } = *self;
-        // What is behind may claim for itself: a layer's handler, or a service that a handler calls.
-        head.extensions.insert(operation.inner());
-        let request = Request::from_parts(head, body.into_body());
-        mark!("handler.starting");
-        match shared.carried(async move { runner(request).await }.boxed()).await? {
-            Ran::Answered(response) => {
-                mark!("handler.returned");
-                let refused = response.extensions().get().map(|Refused(kind)| *kind);
-                // What a handler says of its answer holds for whoever claimed further out, too.
-                let said = response.extensions().get::<Settle>().copied();
-                let settle = match refused {
-                    // Before a handler asked whoever refused it, it may have done something. What a
-                    // layer hands on has been done by nobody.
-                    Some(_) if !policy.is_layer && response.status().is_server_error() => {
-                        Settle::uncertain()
-                    }
-                    Some(kind) => after_a_refusal(kind),
-                    None => said.unwrap_or(Settle::BY_POLICY),
-                };
-                if settle.keeps_effects {
-                    run.keep_effects();
-                }
-                let (response, end) = weigh(&shared, &policy, response, settle).await;
-                mark!("response.weighed");
-                let by_handler = refused.is_none() && settle.fate == Fate::Forget;
-                Some(match end {
-                    End::Forget if !by_handler && run.attempt.has_steps() => {
-                        (response, End::Release)
-                    }
-                    end => (response, end),
-                })
-            }
-            Ran::Rejected(response) => Some((response, End::Forget)),
-        }
     }
 
-    async fn run(mut self: Box<Self>, run: Run, runner: Runner) -> Response {
-        mark!("run.starting");
-        let (shared, policy) = (Arc::clone(&self.shared), self.policy);
-        let operation = Operation::of(&mut self.head.extensions);
-        operation.grant(&run.attempt);
-        let operation_id = run.attempt.id;
-        // On the level that services run with: what a handler logs in production is to lead to its
-        // record. Without a subscriber it costs a comparison.
-        let span = tracing::info_span!(
-            "idempotent",
-            operation = self.endpoint.text(),
-            %operation_id,
-            attempt = run.attempt.number,
-        );
-        let work = self.work(&run, operation, runner).instrument(span);
-        let (response, end) = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(Some((response, end))) => (Some(response), end),
-            // Where idem only observes, a panic is the server's own affair.
-            Err(panic) if policy.mode == Mode::Observe => {
-                let _ = run.end(End::Release).await;
-                std::panic::resume_unwind(panic);
-            }
-            Ok(None) | Err(_) => (None, End::Release),
-        };
-        let (ended, outcome) = run.end(end).await;
-        let refused = |kind, id| refuse(&shared, &policy, Refusal::new(kind).about(id));
-        let response =
-            response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
-        let lost = |id| refused(RefusalKind::LeaseLost, id);
-        let (mut response, operation_id) = match ended {
-            // What the handler says is not true, or may not be.
-            Ended::TransactionFailed => {
-                (refused(RefusalKind::TransactionFailed, operation_id), operation_id)
-            }
-            Ended::CommitUnknown => {
-                (refused(RefusalKind::CommitUnknown, operation_id), operation_id)
-            }
-            _ if policy.mode != Mode::Enforce => (response, operation_id),
-            Ended::Own | Ended::Unrecorded => (response, operation_id),
-            Ended::Theirs(theirs, id) => match replayed(theirs, policy.replay) {
-                Some(response) => (response, id),
-                None => (lost(id), id),
-            },
-            Ended::Lost => (lost(operation_id), operation_id),
-        };
-        say(&shared, &policy, &mut response, outcome, Some(operation_id));
-        mark!("response.ready");
+    fn render(&self, refusal: Refusal) -> Response {
+        mark!("refusal.before");
+        let (outcome, operation_id) = (Outcome::Refused(refusal.kind()), refusal.operation_id());
+        let shared = &self.arrived.shared;
+        let mut response = refuse(shared, &self.policy, refusal);
+        say(shared, &self.policy, &mut response, outcome, operation_id);
         response
     }
 
@@ -589,7 +639,7 @@ impl Exchange {
         match replayed(recorded, self.policy.replay) {
             Some(mut response) => {
                 let (outcome, id) = (Outcome::Replayed, Some(operation_id));
-                say(&self.shared, &self.policy, &mut response, outcome, id);
+                say(&self.arrived.shared, &self.policy, &mut response, outcome, id);
                 response
             }
             None => self.render(Refusal::new(RefusalKind::RecordUnreadable).about(operation_id)),
@@ -597,35 +647,87 @@ impl Exchange {
     }
 }
 
+/// What an owner answers after its end, and which operation that is of: its own response, unless
+/// there is none or it may not be sent.
+fn owners(
+    shared: &Shared,
+    policy: &Resolved,
+    ended: Ended,
+    response: Option<Response>,
+    operation_id: OperationId,
+) -> (Response, OperationId) {
+    let refused = |kind, id| refuse(shared, policy, Refusal::new(kind).about(id));
+    let own = || response.unwrap_or_else(|| refused(RefusalKind::HandlerPanicked, operation_id));
+    let lost = |id| refused(RefusalKind::LeaseLost, id);
+    match ended {
+        // What the handler says is not true, or may not be.
+        Ended::TransactionFailed => {
+            (refused(RefusalKind::TransactionFailed, operation_id), operation_id)
+        }
+        Ended::CommitUnknown => (refused(RefusalKind::CommitUnknown, operation_id), operation_id),
+        _ if policy.mode != Mode::Enforce => (own(), operation_id),
+        Ended::Own | Ended::Unrecorded => (own(), operation_id),
+        Ended::Theirs(theirs, id) => match replayed(theirs, policy.replay) {
+            Some(response) => (response, id),
+            None => (lost(id), id),
+        },
+        Ended::Lost => (lost(operation_id), operation_id),
+    }
+}
+
 /// What became of a request whose key was claimed, or was to be.
-enum Conducted {
-    Answered(Box<Response>),
+pub(crate) enum Conducted {
+    Answered(Response),
     Waits(Box<Waiting>),
 }
 
 /// A request that waits for the answer of the one that it repeats.
-struct Waiting {
-    exchange: Box<Exchange>,
+pub(crate) struct Waiting {
+    exchange: Exchange,
     call: Call,
-    claim: Box<Claim>,
     until: Option<Instant>,
+}
+
+/// How a request is being answered.
+pub(crate) enum Conducting {
+    /// Without a claim.
+    Unkeyed(BoxFuture<'static, Response>),
+    /// By a claim and what comes of it.
+    Claiming(FinishAnyway<Conducted>),
+}
+
+impl Conducting {
+    pub(crate) async fn answered(self) -> Response {
+        let conducted = match self {
+            Self::Unkeyed(answered) => return answered.await,
+            Self::Claiming(claiming) => claiming.await,
+        };
+        match conducted {
+            Conducted::Answered(response) => {
+                mark!("request.answered");
+                response
+            }
+            // Who waits has claimed nothing: a client that hangs up is gone at once.
+            Conducted::Waits(waiting) => waiting.wait().boxed().await,
+        }
+    }
 }
 
 impl Waiting {
     async fn wait(self) -> Response {
-        let Self { mut exchange, call, claim, until } = self;
-        let shared = Arc::clone(&exchange.shared);
+        let Self { mut exchange, call, until } = self;
+        let shared = Arc::clone(&exchange.request.arrived.shared);
         let left = |until: Instant| until.saturating_duration_since(Instant::now());
         let bound = until.map_or(Duration::ZERO, left);
-        match shared.wait(&call, &claim, bound, &mut *exchange).await {
+        match shared.wait(&call, bound, &mut exchange).await {
             Admission::Replay { answer, operation_id } => {
                 exchange.tell(Outcome::Replayed, Some(operation_id));
-                exchange.replay(answer, operation_id)
+                exchange.request.replay(answer, operation_id)
             }
-            Admission::Refuse(refusal, _) => exchange.render(refusal),
+            Admission::Refuse(refusal, _) => exchange.request.render(refusal),
             // Nobody who waited runs.
             Admission::Run(_) | Admission::Wait(_) | Admission::Unprotected => {
-                exchange.render(Refusal::new(RefusalKind::InFlight))
+                exchange.request.render(Refusal::new(RefusalKind::InFlight))
             }
         }
     }
@@ -652,8 +754,8 @@ impl Comparable for Exchange {
     fn under_scheme<'a>(&'a mut self, scheme: &'a str) -> BoxFuture<'a, Compared> {
         async move {
             if scheme_needs_body(scheme) {
-                match self.buffer().await {
-                    Ok(()) if matches!(self.body, Content::Taken) => {
+                match self.request.arrived.buffer().await {
+                    Ok(()) if matches!(self.request.arrived.body, Content::Taken) => {
                         return Compared::Unable(RefusalKind::RecordUnreadable);
                     }
                     Ok(()) => {}
@@ -662,7 +764,7 @@ impl Comparable for Exchange {
                     Err(_) => return Compared::Unable(RefusalKind::BodyMalformed),
                 }
             }
-            match under_scheme(scheme, &self.shared.digester, &self.subject()) {
+            match under_scheme(scheme, &self.request.arrived.shared.digester, &self.subject()) {
                 Some(Ok(fingerprint)) => Compared::Fingerprint(fingerprint),
                 Some(Err(_)) => Compared::Other,
                 None if is_of_function(scheme) => Compared::Other,
@@ -682,18 +784,22 @@ enum Unusable {
 impl Unkeyed {
     async fn conduct(self, runner: Runner) -> Response {
         match self {
-            Self::Plain(request, unclaimed) => plain(*request, unclaimed, runner).await,
-            Self::Observed(exchange) => exchange.run_unclaimed(runner).await,
-            Self::Unprotected(exchange) => unprotected(exchange.run_unclaimed(runner).await),
+            Self::Plain(arrived, unclaimed) => plain(arrived, unclaimed, runner).await,
+            Self::Observed(request) => request.run_unclaimed(runner).await,
+            Self::Unprotected(request) => unprotected(request.run_unclaimed(runner).await),
             Self::Refused(response) => *response,
         }
     }
 }
 
 /// Runs a handler as plain axum does.
-async fn plain(request: Request, unclaimed: Option<Box<Unclaimed>>, runner: Runner) -> Response {
+async fn plain(
+    arrived: Box<Arrived>,
+    unclaimed: Option<Box<Unclaimed>>,
+    runner: Runner,
+) -> Response {
     let work = async move {
-        match runner(request).await {
+        match runner(arrived).await {
             Ran::Answered(response) | Ran::Rejected(response) => response,
         }
     };
@@ -703,13 +809,13 @@ async fn plain(request: Request, unclaimed: Option<Box<Unclaimed>>, runner: Runn
     }
 }
 
-/// Says what an answer means for its record.
-async fn weigh(
-    shared: &Shared,
+/// Says what an answer means for its record. Its body is there afterwards as before.
+fn weigh<'a>(
+    shared: &'a Shared,
     policy: &Resolved,
-    response: Response,
+    response: &'a mut Response,
     settle: Settle,
-) -> (Response, End) {
+) -> impl Future<Output = End> + use<'a> {
     let status = response.status();
     let uncertain = status.is_server_error()
         || status == StatusCode::REQUEST_TIMEOUT
@@ -720,40 +826,56 @@ async fn weigh(
         Fate::ByPolicy => Fate::Forget,
         fate => fate,
     };
-    match fate {
-        Fate::Release => return (response, End::Release),
-        Fate::Forget => return (response, End::Forget),
-        Fate::Tombstone => return (response, tombstone(status, settle.ttl)),
-        Fate::Record | Fate::ByPolicy => {}
-    }
-    let (head, body) = response.into_parts();
-    let limits = &shared.limits;
-    match buffer(body, limits.response_body, limits.response_time).await {
-        Buffered::Whole(bytes, None) => {
-            warn_of_outer_headers(shared, &head.headers);
-            let nominated = nominated(&head.headers);
-            let kept = head.headers.iter().filter(|(name, _)| {
-                !shared.left_out.contains(name)
-                    && !nominated.iter().any(|other| name.as_str() == other)
-            });
-            let headers: Vec<_> =
-                kept.map(|(k, v)| (k.as_str().as_bytes(), v.as_bytes())).collect();
-            let payload = RecordedResponse::encode(status.as_u16(), &headers, &bytes);
-            (Response::from_parts(head, Body::from(bytes)), End::Complete(payload, settle.ttl))
+    let ttl = settle.ttl;
+    async move {
+        match fate {
+            Fate::Release => return End::Release,
+            Fate::Forget => return End::Forget,
+            Fate::Tombstone => return tombstone(status, ttl),
+            Fate::Record | Fate::ByPolicy => {}
         }
-        // The fact is recorded before the first byte leaves; the rest is streamed.
-        Buffered::Whole(bytes, trailers) => {
-            (Response::from_parts(head, whole(bytes, trailers)), tombstone(status, settle.ttl))
-        }
-        Buffered::Beyond(body, _) => {
-            (Response::from_parts(head, body), tombstone(status, settle.ttl))
+        let body = std::mem::take(response.body_mut());
+        let limits = &shared.limits;
+        match buffer(body, limits.response_body, limits.response_time).await {
+            Buffered::Whole(bytes, None) => {
+                let end = End::Complete(recorded(shared, response, &bytes), ttl);
+                *response.body_mut() = Body::from(bytes);
+                end
+            }
+            // The fact is recorded before the first byte leaves; the rest is streamed.
+            Buffered::Whole(bytes, trailers) => {
+                *response.body_mut() = whole(bytes, trailers);
+                tombstone(status, ttl)
+            }
+            Buffered::Beyond(body, _) => {
+                *response.body_mut() = body;
+                tombstone(status, ttl)
+            }
         }
     }
 }
 
+/// An answer as it is recorded.
+fn recorded(shared: &Shared, response: &Response, body: &[u8]) -> Bytes {
+    let headers = response.headers();
+    warn_of_outer_headers(shared, headers);
+    let nominated = nominated(headers);
+    let lines = || headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
+    let kept = lines()
+        .filter(|(name, _)| {
+            !shared.leaves_out(name) && !nominated.iter().any(|other| name == other)
+        })
+        .map(|(name, value)| (name.as_bytes(), value));
+    // Rarely is one left out, and a little room too much does no harm.
+    let size =
+        lines().map(|(name, value)| RecordedResponse::line_size(name.as_bytes(), value)).sum();
+    RecordedResponse::encode_lines(response.status().as_u16(), size, kept, body)
+}
+
 /// The headers that are the connection's because it says so (RFC 9110 §7.6.1).
 fn nominated(headers: &HeaderMap) -> Vec<String> {
-    let lines = headers.get_all(header::CONNECTION).iter().filter_map(|line| line.to_str().ok());
+    let lines = headers.iter().filter(|(name, _)| **name == header::CONNECTION);
+    let lines = lines.filter_map(|(_, line)| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).map(|name| name.trim().to_ascii_lowercase()).collect()
 }
 
@@ -764,15 +886,17 @@ fn tombstone(status: StatusCode, ttl: Option<Ttl>) -> End {
 /// What only layers set belongs outside of idem: a replay under another origin, encoding or
 /// request id would be wrong.
 fn warn_of_outer_headers(shared: &Shared, headers: &HeaderMap) {
-    let outer = [
+    const OUTER: [HeaderName; 3] = [
         header::CONTENT_ENCODING,
         header::ACCESS_CONTROL_ALLOW_ORIGIN,
         HeaderName::from_static("x-request-id"),
     ];
-    let found = outer.iter().find(|name| headers.contains_key(*name));
     let told = &shared.warned_of_outer_headers;
-    if let Some(name) = found
-        && !told.swap(true, std::sync::atomic::Ordering::Relaxed)
+    if told.load(Ordering::Relaxed) {
+        return;
+    }
+    if let Some(name) = headers.keys().find(|name| OUTER.contains(name))
+        && !told.swap(true, Ordering::Relaxed)
     {
         tracing::warn!(
             header = name.as_str(),
@@ -789,7 +913,8 @@ pub(super) fn replayed(recorded: Answer, shape: Option<ReplayShape>) -> Option<R
     let mut response = http::Response::new(recorded.body);
     *response.status_mut() = StatusCode::from_u16(recorded.status).ok()?;
     let headers = response.headers_mut();
-    headers.reserve(recorded.headers.len() + 1);
+    // With room for what is said beside it.
+    *headers = HeaderMap::with_capacity(recorded.headers.len() + 2);
     for (name, value) in recorded.headers {
         let name = HeaderName::from_bytes(&name).ok()?;
         headers.append(name, HeaderValue::from_maybe_shared(value).ok()?);
@@ -815,18 +940,26 @@ async fn parameters(head: &mut Parts) -> (Vec<(String, String)>, bool) {
     }
 }
 
-pub(super) fn endpoint(head: &Parts, parameters: &[(String, String)], anchor: &Anchor) -> Endpoint {
+/// The operation that a request asks for, as a policy has it.
+pub(super) fn endpoint(
+    head: &Parts,
+    parameters: &[(String, String)],
+    policy: &Resolved,
+) -> Endpoint {
     let method = head.method.as_str();
     match head.extensions.get::<MatchedPath>() {
         Some(route) => {
-            let spelt: Vec<_> =
-                parameters.iter().map(|(name, value)| anchor.spelling(name, value)).collect();
-            Endpoint::matched(method, route.as_str(), spelt.iter().map(AsRef::as_ref))
+            let spelt: Vec<_> = parameters
+                .iter()
+                .map(|(name, value)| policy.anchor.spelling(name, value))
+                .collect();
+            let route = policy.routes.get(method, Some(route.as_str()));
+            Endpoint::matched(route, spelt.iter().map(AsRef::as_ref))
         }
         None => {
             let original = head.extensions.get::<OriginalUri>();
             let path = original.map_or(&head.uri, |OriginalUri(uri)| uri).path();
-            Endpoint::unmatched(method, path)
+            Endpoint::unmatched(policy.routes.get(method, None), path)
         }
     }
 }

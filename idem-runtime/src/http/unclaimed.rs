@@ -18,20 +18,20 @@ use crate::{
 /// A transactional handler that runs without a claim: it has its transaction all the same.
 pub(crate) struct Unclaimed {
     shared: Arc<Shared>,
-    policy: Resolved,
+    policy: Arc<Resolved>,
     slot: Slot,
 }
 
 impl Unclaimed {
     pub(super) fn of(
         shared: &Arc<Shared>,
-        policy: &Resolved,
+        policy: &Arc<Resolved>,
         extensions: &mut Extensions,
     ) -> Option<Box<Self>> {
         policy.transaction.then(|| {
             Box::new(Self {
                 shared: Arc::clone(shared),
-                policy: *policy,
+                policy: Arc::clone(policy),
                 slot: extensions.get_or_insert_default::<Slot>().clone(),
             })
         })

@@ -1,10 +1,10 @@
 //! The name of a key: what a request with it would say, for whoever looks it up.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use http::Method;
 
-use super::{Endpoint, Key, Space, Values, parameter_names};
+use super::{Endpoint, Key, Route, Space, Values, parameter_names};
 use crate::{
     anchor::{Anchor, AnchorError, AnchorValue, Format},
     engine::Shared,
@@ -213,7 +213,8 @@ impl Shared {
             .map(|(parameter, value)| name.anchor.spelling(parameter, value))
             .collect();
         let spelt = spelt.iter().map(AsRef::as_ref);
-        let endpoint = Endpoint::matched(method.as_str(), route, spelt);
+        let route = Arc::new(Route::new(method.as_str(), Some(route)));
+        let endpoint = Endpoint::matched(route, spelt);
         let space = match name.is_layers {
             true => Space::Layer(&endpoint),
             false => Space::Operation(&endpoint),

@@ -67,7 +67,9 @@ impl Clock {
             Source::Monotonic(start) => start.elapsed(),
             Source::Manual(clock) => return clock.0.load(Ordering::SeqCst),
         };
-        Millis::try_from(since.as_millis()).map_or(NEVER - 1, |now| now.min(NEVER - 1))
+        let (seconds, millis) = (since.as_secs(), Millis::from(since.subsec_millis()));
+        let whole = Millis::try_from(seconds).ok().and_then(|seconds| seconds.checked_mul(1_000));
+        whole.map_or(NEVER - 1, |whole| whole.saturating_add(millis).min(NEVER - 1))
     }
 }
 

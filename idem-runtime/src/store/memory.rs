@@ -1,11 +1,13 @@
 //! Records in this process's memory.
 
+mod entry;
 mod manage;
 
 use std::{
     cmp::Reverse,
     collections::BinaryHeap,
     fmt,
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -15,11 +17,12 @@ use std::{
 use futures_util::future::BoxFuture;
 use hashbrown::{HashTable, hash_table::Entry as Place};
 
+use self::entry::{Entry, Operations};
 use super::{
     Checkpoint, Claim, Claimed, Clock, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Written,
     clock::{Millis, NEVER},
-    row::{Ended, Opening, Row, found},
+    row::{Ended, Opening, Row},
 };
 use crate::{
     key::{Key, Token},
@@ -28,9 +31,12 @@ use crate::{
 
 /// The name of this store in errors.
 const NAME: &str = "memory";
-/// A power of two well above the number of threads that a server has, so that two of them rarely
-/// meet at one lock.
-const SHARDS: usize = 64;
+/// How many records one shard has at the most, about: it is locked while its table grows, which
+/// takes some tens of nanoseconds for each.
+const RECORDS_A_SHARD: usize = 4_096;
+/// Well above the number of threads that a server has, so that two of them rarely meet at one lock,
+/// and few enough to go through.
+const SHARDS: RangeInclusive<usize> = 64..=4_096;
 /// How many due entries an insertion works off: more than it adds, so that they cannot pile up.
 const STEPS_AN_INSERTION: usize = 2;
 /// How many due entries are worked off under one lock: a pause of some tens of microseconds.
@@ -62,6 +68,7 @@ pub struct MemoryStore(Arc<Shared>);
 
 struct Shared {
     shards: Box<[Mutex<Shard>]>,
+    operations: Operations,
     clock: Clock,
     max_records: usize,
     max_bytes: usize,
@@ -89,7 +96,7 @@ impl MemoryStoreBuilder {
     }
 
     /// No new keys while the records take more than about this many bytes. By default 512 MiB:
-    /// those million records with responses of 250 bytes each.
+    /// those million records with answers of 300 bytes each, headers included.
     ///
     /// What is counted is the records themselves, without the allocator's own share. Responses and
     /// checkpoints of claims that were granted before are recorded beyond this bound, since
@@ -107,8 +114,11 @@ impl MemoryStoreBuilder {
 
     /// Makes the store.
     pub fn build(self) -> MemoryStore {
+        let shards =
+            self.max_records.div_ceil(RECORDS_A_SHARD).clamp(*SHARDS.start(), *SHARDS.end());
         MemoryStore(Arc::new(Shared {
-            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            shards: (0..shards.next_power_of_two()).map(|_| Mutex::default()).collect(),
+            operations: Operations::default(),
             clock: self.clock.unwrap_or_else(Clock::monotonic),
             max_records: self.max_records,
             max_bytes: self.max_bytes,
@@ -149,17 +159,10 @@ impl fmt::Debug for MemoryStore {
 /// One part of the keys.
 #[derive(Default)]
 struct Shard {
-    entries: HashTable<Box<Entry>>,
-    /// When entries are to be looked at, soonest first: at their `due`, by their hash. What is no
-    /// longer the due of any entry is stale and ignored.
+    entries: HashTable<Entry>,
+    /// When entries are to be looked at, soonest first, by their hash: at their end, or before it
+    /// where that has moved away since. What is gone by then is ignored.
     due: BinaryHeap<Reverse<(Millis, u64)>>,
-}
-
-/// A row and the moment at which the heap brings it up: never after the row is over, but maybe
-/// before, since a row whose end moves away is only put back when it comes up.
-struct Entry {
-    due: Millis,
-    row: Row,
 }
 
 /// What working off due entries came to.
@@ -175,40 +178,36 @@ fn hash(key: &Key) -> u64 {
     u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
-impl Entry {
-    /// About how many bytes it takes.
-    fn weight(&self) -> usize {
-        let Row { operation, fingerprint, payload, .. } = &self.row;
-        size_of::<Self>() + operation.len() + fingerprint.scheme.len() + payload.len()
-    }
+fn rehash(entry: &Entry) -> u64 {
+    hash(&entry.key())
 }
 
 impl Shard {
-    fn find(&self, key: &Key) -> Option<&Row> {
-        self.entries.find(hash(key), |entry| entry.row.key == *key).map(|entry| &entry.row)
+    fn find(&self, key: &Key) -> Option<&Entry> {
+        self.entries.find(hash(key), |entry| entry.is_of(key))
     }
 
-    /// Sees to it that an entry comes up in time, after its row has changed.
-    fn schedule(due: &mut BinaryHeap<Reverse<(Millis, u64)>>, entry: &mut Entry) {
-        if entry.row.kept_until < entry.due {
-            entry.due = entry.row.kept_until;
-            due.push(Reverse((entry.due, hash(&entry.row.key))));
+    /// Sees to it that an entry comes up when it ends, unless it comes up before.
+    fn schedule(due: &mut BinaryHeap<Reverse<(Millis, u64)>>, comes_up: Millis, entry: &Entry) {
+        if entry.kept_until() < comes_up {
+            due.push(Reverse((entry.kept_until(), rehash(entry))));
         }
     }
 
     /// Forgets what the heap says of entries that are gone, once that is the larger part of it.
     fn compact(&mut self) {
         if self.due.len() > 2 * self.entries.len() + STEPS_A_LOCK {
-            let live = self.entries.iter().filter(|entry| entry.due != NEVER);
-            self.due = live.map(|entry| Reverse((entry.due, hash(&entry.row.key)))).collect();
+            let live = self.entries.iter().filter(|entry| entry.kept_until() != NEVER);
+            self.due = live.map(|entry| Reverse((entry.kept_until(), rehash(entry)))).collect();
         }
     }
 }
 
 impl Shared {
     fn shard(&self, key: &Key) -> MutexGuard<'_, Shard> {
-        // A byte that is no part of the hash.
-        lock(&self.shards[usize::from(key.as_bytes()[8]) % SHARDS])
+        // Bytes that are no part of the hash.
+        let [.., a, b] = *key.as_bytes();
+        lock(&self.shards[usize::from(u16::from_le_bytes([a, b])) & (self.shards.len() - 1)])
     }
 
     /// Takes the place of one more record, if there is any.
@@ -248,23 +247,19 @@ impl Shared {
         let mut shard = self.shard(key);
         let now = self.clock.now();
         let Shard { entries, due } = &mut *shard;
-        let place =
-            entries.entry(hash(key), |entry| entry.row.key == *key, |entry| hash(&entry.row.key));
-        match place {
+        match entries.entry(hash(key), |entry| entry.is_of(key), rehash) {
             Place::Occupied(mut place) => {
                 let entry = place.get_mut();
-                let before = entry.weight();
-                let answer = if found(Some(&entry.row), opening.format(), now)?.is_some() {
-                    opening.on_row(&mut entry.row, now).1
+                let (row, answer) = if entry.is_found(opening.format(), now)? {
+                    let mut row = entry.row(&self.operations);
+                    let (changed, answer) = opening.on_row(&mut row, now);
+                    (changed.then_some(row), answer)
                 } else {
-                    let (row, answer) = opening.on_nothing(now);
-                    if let Some(row) = row {
-                        entry.row = row;
-                    }
-                    answer
+                    opening.on_nothing(now)
                 };
-                self.reweigh(before, entry.weight());
-                Shard::schedule(due, entry);
+                if let Some(row) = row {
+                    self.replace(due, entry, &row);
+                }
                 Ok(answer)
             }
             Place::Vacant(place) => {
@@ -273,14 +268,21 @@ impl Shared {
                 if !self.reserve() {
                     return Err(StoreErrorKind::Full);
                 }
-                let mut entry = Box::new(Entry { due: NEVER, row });
+                let entry = Entry::of(&row, &self.operations);
                 self.reweigh(0, entry.weight());
-                Shard::schedule(due, &mut entry);
+                Shard::schedule(due, NEVER, &entry);
                 place.insert(entry);
                 self.expire(&mut shard, now, STEPS_AN_INSERTION);
                 Ok(answer)
             }
         }
+    }
+
+    /// Puts a row in the place of what was there under its key.
+    fn replace(&self, due: &mut BinaryHeap<Reverse<(Millis, u64)>>, entry: &mut Entry, row: &Row) {
+        let before = std::mem::replace(entry, Entry::of(row, &self.operations));
+        self.reweigh(before.weight(), entry.weight());
+        Shard::schedule(due, before.kept_until(), entry);
     }
 
     /// Changes a row under a token, as `change` says.
@@ -293,21 +295,17 @@ impl Shared {
         let mut shard = self.shard(key);
         let now = self.clock.now();
         let Shard { entries, due } = &mut *shard;
-        let Ok(mut place) = entries.find_entry(hash(key), |entry| entry.row.key == *key) else {
+        let Ok(mut place) = entries.find_entry(hash(key), |entry| entry.is_of(key)) else {
             return Ok(Written::Gone);
         };
         let entry = place.get_mut();
-        if found(Some(&entry.row), format, now)
-            .map_err(|kind| StoreError::new(NAME, kind))?
-            .is_none()
-        {
+        if !entry.is_found(format, now).map_err(|kind| StoreError::new(NAME, kind))? {
             return Ok(Written::Gone);
         }
-        let before = entry.weight();
-        Ok(match change(&mut entry.row, now) {
+        let mut row = entry.row(&self.operations);
+        Ok(match change(&mut row, now) {
             Ended::Changed => {
-                self.reweigh(before, entry.weight());
-                Shard::schedule(due, entry);
+                self.replace(due, entry, &row);
                 Written::Done
             }
             Ended::Removed => {
@@ -317,21 +315,23 @@ impl Shared {
                 Written::Done
             }
             Ended::Already => Written::Done,
-            Ended::Fenced => Written::Fenced(entry.row.record(now)),
+            Ended::Fenced => Written::Fenced(row.record(now)),
         })
     }
 
     fn renew(&self, renewal: &Renewal) -> bool {
         let mut shard = self.shard(&renewal.key);
         let now = self.clock.now();
-        let row = shard
-            .entries
-            .find_mut(hash(&renewal.key), |entry| entry.row.key == renewal.key)
-            .map(|entry| &mut entry.row);
-        match row {
-            // Its end can only move away, which the heap need not know yet.
-            Some(row) if matches!(found(Some(row), FORMAT, now), Ok(Some(_))) => {
-                row.renew(renewal, now)
+        let Shard { entries, due } = &mut *shard;
+        let entry = entries.find_mut(hash(&renewal.key), |entry| entry.is_of(&renewal.key));
+        match entry {
+            Some(entry) if matches!(entry.is_found(FORMAT, now), Ok(true)) => {
+                let mut row = entry.row(&self.operations);
+                let renewed = row.renew(renewal, now);
+                if renewed {
+                    self.replace(due, entry, &row);
+                }
+                renewed
             }
             _ => false,
         }
@@ -340,8 +340,9 @@ impl Shared {
     fn read(&self, key: &Key) -> Result<Option<Record>, StoreError> {
         let shard = self.shard(key);
         let now = self.clock.now();
-        match found(shard.find(key), FORMAT, now) {
-            Ok(row) => Ok(row.map(|row| row.record(now))),
+        let Some(entry) = shard.find(key) else { return Ok(None) };
+        match entry.is_found(FORMAT, now) {
+            Ok(is_found) => Ok(is_found.then(|| entry.row(&self.operations).record(now))),
             Err(kind) => Err(StoreError::new(NAME, kind)),
         }
     }
@@ -349,8 +350,8 @@ impl Shared {
     fn sweep(&self, limit: usize) -> usize {
         let first = self.next_swept.fetch_add(1, Ordering::Relaxed);
         let mut removed = 0;
-        for shard in 0..SHARDS {
-            let shard = &self.shards[first.wrapping_add(shard) % SHARDS];
+        for shard in 0..self.shards.len() {
+            let shard = &self.shards[first.wrapping_add(shard) % self.shards.len()];
             while removed < limit {
                 let mut shard = lock(shard);
                 // Taken under the lock: time that passes while it is waited for counts.
@@ -374,24 +375,21 @@ impl Shared {
             if !is_due(shard) {
                 break;
             }
-            let Some(Reverse((due, hash))) = shard.due.pop() else { break };
-            // Of two rows with one hash and one due, the heap holds two entries alike: the first
-            // finds one of them and changes its due or removes it, the second finds the other.
-            let place = shard
-                .entries
-                .find_entry(hash, |entry| entry.due == due && self::hash(&entry.row.key) == hash);
-            let Ok(mut place) = place else { continue };
-            if place.get().row.is_over(now) {
+            let Some(Reverse((_, hash))) = shard.due.pop() else { break };
+            // A row of a newer format is over for its own release only.
+            let is_over = |entry: &Entry| matches!(entry.is_found(FORMAT, now), Ok(false));
+            let lasts = |entry: &Entry| (now + 1..NEVER).contains(&entry.kept_until());
+            let is_its = |entry: &Entry| rehash(entry) == hash;
+            if let Ok(place) =
+                shard.entries.find_entry(hash, |entry| is_its(entry) && is_over(entry))
+            {
                 let (entry, _) = place.remove();
                 self.discard(&entry);
                 removed += 1;
-                continue;
-            }
-            let entry = place.get_mut();
-            entry.due = NEVER;
-            // A row of a newer format is over for its own release only, and never comes up again.
-            if entry.row.kept_until > now {
-                Shard::schedule(&mut shard.due, entry);
+            } else if let Some(entry) =
+                shard.entries.find(hash, |entry| is_its(entry) && lasts(entry))
+            {
+                Shard::schedule(&mut shard.due, NEVER, entry);
             }
         }
         shard.compact();

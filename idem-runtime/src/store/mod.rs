@@ -20,7 +20,11 @@
     doc = "| [`RedisStore`] | `redis` | many processes: Redis, Valkey or Redis Cluster |"
 )]
 
+#[cfg(feature = "cache")]
+mod cached;
 mod clock;
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+mod lanes;
 mod manage;
 mod memory;
 #[cfg(feature = "mysql")]
@@ -41,7 +45,13 @@ use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+#[cfg(feature = "cache")]
+pub use self::cached::ReplayCache;
+#[cfg(feature = "cache")]
+pub(crate) use self::cached::{Cached, Replays};
 pub use self::clock::{Clock, ManualClock};
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+pub use self::lanes::Bundled;
 pub use self::manage::{Kind, Listing, Manage, Page, Place, Purge, Purged};
 pub use self::memory::{MemoryStore, MemoryStoreBuilder};
 #[cfg(feature = "mysql")]
@@ -249,6 +259,14 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// When the store cannot answer.
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>>;
 
+    /// Whether each call goes over a network. In front of such a store an engine keeps the
+    /// completed records that it was shown at hand for some seconds, and answers repetitions from
+    /// them (feature `cache`, [`Builder::replay_cache`](crate::Builder)): `true` costs a store that
+    /// is fast some memory, `false` costs one that is not the trip for each replay.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
     /// The store's records for look-ups and operators, if it can search them.
     fn manage(&self) -> Option<&dyn Manage> {
         None
@@ -316,6 +334,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         S::sweep(self, limit)
+    }
+
+    fn is_remote(&self) -> bool {
+        S::is_remote(self)
     }
 
     fn manage(&self) -> Option<&dyn Manage> {
@@ -495,12 +517,26 @@ pub struct Renewal {
 }
 
 /// Why a store could not answer: a kind to act on, the store's name and the cause.
-#[derive(Debug, thiserror::Error)]
-#[error("{store}: {kind}")]
+///
+/// A clone shares its cause: one statement that has failed fails all the calls that it carried.
+#[derive(Clone, Debug)]
 pub struct StoreError {
     kind: StoreErrorKind,
     store: &'static str,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.store, self.kind)
+    }
+}
+
+impl StdError for StoreError {
+    /// The cause itself: `thiserror` would give the pointer that clones share.
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|cause| cause as &(dyn StdError + 'static))
+    }
 }
 
 impl StoreError {
@@ -515,7 +551,7 @@ impl StoreError {
         kind: StoreErrorKind,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        Self { kind, store, source: Some(source.into()) }
+        Self { kind, store, source: Some(Arc::from(source.into())) }
     }
 
     /// What kind of failure it is.
@@ -539,6 +575,9 @@ pub enum StoreErrorKind {
     TimedOut,
     /// It is at its bound and takes no new records. Trying again helps once some have expired.
     Full,
+    /// More calls wait for it than it takes, so that this one was not made. Trying again helps once
+    /// fewer wait.
+    Overloaded,
     /// It answered with a refusal: permissions, a missing table, a broken constraint. A person must
     /// look.
     Refused,
@@ -563,6 +602,7 @@ impl fmt::Display for StoreErrorKind {
             Self::Unreachable => "the store cannot be reached",
             Self::TimedOut => "the store did not answer in time",
             Self::Full => "the store is full",
+            Self::Overloaded => "too many calls wait for the store",
             Self::Refused => "the store refused the call",
             Self::TooLarge => "the record is too large for the store",
             Self::Newer => "the record was written by a newer release of idem",

@@ -7,6 +7,7 @@
 mod calls;
 mod failure;
 mod manage;
+mod many;
 mod row;
 mod schema;
 mod transaction;
@@ -29,13 +30,14 @@ use sqlx::{
 use tokio::time::{sleep, timeout};
 
 use self::{
-    calls::{Call, Change, Complete, Open, Read, Renew, Sweep},
+    calls::{Call, Change, Complete, CompleteAll, Open, OpenAll, Read, Renew, Sweep},
     failure::{Failure, Remedy},
     schema::{Check, CreateSchema},
 };
 use super::{
-    Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
+    Bundled, Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Transact, Written,
+    lanes::{Carrier, Lanes, carry},
 };
 use crate::{
     key::{Key, Token},
@@ -67,7 +69,10 @@ const SWEPT_AT_ONCE: usize = 500;
 /// # What it asks of the server
 ///
 /// A claim on a fresh key is one statement and one round trip, and so is a completion. A claim that
-/// finds a record takes a second statement, which reads it, and a third if it is granted. Nothing
+/// finds a record takes a second statement, which reads it, and a third if it is granted. There are
+/// as many under way at once as pay: few where the database is near and its disk fast, up to the
+/// size of the pool where a statement mostly waits. What comes beyond that travels together, in one
+/// statement ([`with_lanes`](Self::with_lanes), [`bundled`](Self::bundled)). Nothing
 /// is locked for longer than a statement, a claim that is refused writes nothing, and no connection
 /// is held while a handler runs, transactional ones aside. Time is the server's own (in UTC, so that
 /// no time zone and no change to summer time matters); of several servers, that of the one that
@@ -96,7 +101,9 @@ const SWEPT_AT_ONCE: usize = 500;
 /// settings. Three of these are worth a look: `test_before_acquire`, which is on unless it is
 /// turned off, costs each call a round trip that this store does without; `acquire_timeout` is 30
 /// seconds unless it is set, and the store's own bound is the shorter one; and
-/// `innodb_lock_wait_timeout`, a setting of the server's, is best no longer than that bound either.
+/// `innodb_lock_wait_timeout`, a setting of the server's, is best one second, as in pools of idem's
+/// own: a statement that waits for a row holds up all calls that travel in it, and each goes by itself
+/// after that.
 ///
 /// A clone is another handle to the same records.
 ///
@@ -115,6 +122,7 @@ pub struct MySqlStore(Arc<Shared>);
 struct Shared {
     pool: MySqlPool,
     patience: Duration,
+    lanes: Lanes,
     /// Whether server, session and tables were found to be what the store needs.
     ready: AtomicBool,
 }
@@ -142,9 +150,10 @@ impl MySqlStore {
             .test_before_acquire(false)
             .after_connect(|connection, _| {
                 Box::pin(async move {
-                    // A statement that waits for longer than its caller does is a claim for nobody.
+                    // Who waits for a row holds up all that travel in the same statement; after
+                    // that, each goes by itself, as often as its caller waits.
                     let settings = "SET SESSION autocommit = 1, sql_safe_updates = 0,
-                                    innodb_lock_wait_timeout = 5";
+                                    innodb_lock_wait_timeout = 1";
                     sqlx::raw_sql(settings).execute(connection).await.map(drop)
                 })
             })
@@ -154,7 +163,25 @@ impl MySqlStore {
 
     /// Keeps the records in a database of the application's, through its pool.
     pub fn new(pool: MySqlPool) -> Self {
-        Self::assemble(pool, PATIENCE)
+        let lanes = pool.options().get_max_connections();
+        Self::assemble(pool, PATIENCE, lanes)
+    }
+
+    /// The same records, with at most so many statements for claims and completions under way at
+    /// once: those beyond travel together.
+    ///
+    /// By default as many as pay, judged by what a statement takes that is alone, and no more than the
+    /// pool has connections.
+    ///
+    /// Other handles to this store go on as they are, and their calls do not travel with these.
+    #[must_use]
+    pub fn with_lanes(self, at_most: u32) -> Self {
+        Self::assemble(self.0.pool.clone(), self.0.patience, at_most)
+    }
+
+    /// How many calls have travelled together, since this store was made.
+    pub fn bundled(&self) -> Bundled {
+        self.0.lanes.bundled()
     }
 
     /// The same records, asked for no longer than this long a call, with all that is tried.
@@ -162,11 +189,12 @@ impl MySqlStore {
     /// Five seconds unless it is said. A sweep is several calls.
     #[must_use]
     pub fn with_timeout(self, time: Duration) -> Self {
-        Self::assemble(self.0.pool.clone(), time)
+        Self::assemble(self.0.pool.clone(), time, self.0.lanes.most())
     }
 
-    fn assemble(pool: MySqlPool, patience: Duration) -> Self {
-        Self(Arc::new(Shared { pool, patience, ready: AtomicBool::new(false) }))
+    fn assemble(pool: MySqlPool, patience: Duration, lanes: u32) -> Self {
+        let lanes = Lanes::new(lanes);
+        Self(Arc::new(Shared { pool, patience, lanes, ready: AtomicBool::new(false) }))
     }
 
     /// Creates the tables if they do not exist. Any number of processes may do so at once.
@@ -304,9 +332,40 @@ impl fmt::Debug for MySqlStore {
     }
 }
 
+impl Carrier for MySqlStore {
+    const NAME: &str = NAME;
+
+    fn lanes(&self) -> &Lanes {
+        &self.0.lanes
+    }
+
+    fn patience(&self) -> Duration {
+        self.0.patience
+    }
+
+    async fn claim_one(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        self.call(&Open(claim)).await
+    }
+
+    async fn complete_one(&self, completion: &Completion) -> Result<Written, StoreError> {
+        self.call(&Complete(completion)).await
+    }
+
+    async fn claim_all(&self, claims: &[Claim]) -> Result<Vec<Option<Claimed>>, StoreError> {
+        self.call(&OpenAll(claims)).await
+    }
+
+    async fn complete_all(
+        &self,
+        completions: &[Completion],
+    ) -> Result<Vec<Option<Written>>, StoreError> {
+        self.call(&CompleteAll(completions)).await
+    }
+}
+
 impl Store for MySqlStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
-        Box::pin(async move { self.call(&Open(claim)).await })
+        Box::pin(carry(self, claim))
     }
 
     fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
@@ -324,7 +383,7 @@ impl Store for MySqlStore {
         &'a self,
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
-        Box::pin(async move { self.call(&Complete(completion)).await })
+        Box::pin(carry(self, completion))
     }
 
     fn release<'a>(
@@ -369,6 +428,10 @@ impl Store for MySqlStore {
             }
             Ok(removed)
         })
+    }
+
+    fn is_remote(&self) -> bool {
+        true
     }
 
     fn manage(&self) -> Option<&dyn Manage> {

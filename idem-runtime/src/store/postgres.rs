@@ -33,8 +33,9 @@ use tokio::{
 use self::calls::{Call, Fault, Forget, Numbered, Release, Session, Sweep};
 pub use self::schema::SchemaMismatch;
 use super::{
-    Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
+    Bundled, Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Transact, Wake, Written,
+    lanes::{Carrier, Lanes, carry},
 };
 use crate::{
     key::{Key, Token},
@@ -87,13 +88,20 @@ const SWEPT_AT_ONCE: usize = 500;
 ///  - A claim, and later a completion, takes a connection for one statement; none is held while a
 ///    handler runs, transactional ones aside. A handler that holds one itself needs another one to
 ///    be free.
+///  - There are as many statements under way at once as pay: few where the database is near and its
+///    disk fast, up to the size of the pool where a statement mostly waits. What comes beyond that
+///    travels together, in one statement ([`with_lanes`](Self::with_lanes),
+///    [`bundled`](Self::bundled)). A statement that waits for a row holds up all that travel in it:
+///    pools of idem's own set `lock_timeout = 1s`, after which each goes by itself.
 ///  - `test_before_acquire`, which sqlx has on by default, costs each call one more round trip (a
 ///    fifth of the throughput on a fast network). Without it, a connection that has died is noticed
 ///    by the call that meets it, which then is made once more on one that was tried: every call can
 ///    be made twice. Turn it off in a pool that only idem uses.
 ///  - PostgreSQL keeps the plan of a prepared statement, and plans for a table as it is: while that
 ///    is almost empty, to read through it is cheapest, and stays the plan for up to a minute after
-///    a burst. Pools of idem's own set `enable_seqscan = off`; set it in a pool that only idem uses.
+///    a burst. Pools of idem's own set `enable_seqscan = off`, and `plan_cache_mode =
+///    force_generic_plan`, since no plan depends on what is asked; set them in a pool that only idem
+///    uses.
 ///  - TLS is sqlx's: without one of its features `tls-rustls` or `tls-native-tls`, which your own
 ///    `Cargo.toml` may turn on (`sqlx = { version = "0.9", features = ["tls-rustls"] }`),
 ///    connections are not encrypted, and `sslmode=require` is refused.
@@ -121,6 +129,7 @@ struct Shared {
     pool: PgPool,
     /// Whether connections may keep prepared statements.
     prepares: bool,
+    lanes: Lanes,
     /// Set once the tables were found to be those of this release.
     checked: OnceCell<()>,
 }
@@ -158,6 +167,11 @@ impl PostgresStore {
             ("jit", "off"),
             // Whoever called has given up by then.
             ("statement_timeout", "10s"),
+            // Who waits for a row holds up all that travel in the same statement; after that, each
+            // goes by itself.
+            ("lock_timeout", "1s"),
+            // The plan of a statement depends on nothing that is asked.
+            ("plan_cache_mode", "force_generic_plan"),
         ]);
         let trying = async {
             let mut connection = options.connect().await?;
@@ -181,7 +195,25 @@ impl PostgresStore {
 
     /// Keeps the records in a database of the application's, through its pool.
     pub fn new(pool: PgPool) -> Self {
-        Self::assemble(pool, true)
+        let lanes = pool.options().get_max_connections();
+        Self::assemble(pool, true, lanes)
+    }
+
+    /// The same records, with at most so many statements for claims and completions under way at
+    /// once: those beyond travel together.
+    ///
+    /// By default as many as pay, judged by what a statement takes that is alone, and no more than the
+    /// pool has connections.
+    ///
+    /// Other handles to this store go on as they are, and their calls do not travel with these.
+    #[must_use]
+    pub fn with_lanes(self, at_most: u32) -> Self {
+        Self::assemble(self.0.pool.clone(), self.0.prepares, at_most)
+    }
+
+    /// How many calls have travelled together, since this store was made.
+    pub fn bundled(&self) -> Bundled {
+        self.0.lanes.bundled()
     }
 
     /// The same records through a pooler in transaction mode that knows nothing of prepared
@@ -191,11 +223,12 @@ impl PostgresStore {
     /// round trips.
     #[must_use]
     pub fn through_transaction_pooler(self) -> Self {
-        Self::assemble(self.0.pool.clone(), false)
+        Self::assemble(self.0.pool.clone(), false, self.0.lanes.most())
     }
 
-    fn assemble(pool: PgPool, prepares: bool) -> Self {
-        Self(Arc::new(Shared { pool, prepares, checked: OnceCell::new() }))
+    fn assemble(pool: PgPool, prepares: bool, lanes: u32) -> Self {
+        let lanes = Lanes::new(lanes);
+        Self(Arc::new(Shared { pool, prepares, lanes, checked: OnceCell::new() }))
     }
 
     /// Makes a call, after the tables were found to be those of this release.
@@ -349,8 +382,8 @@ fn state_of(error: &sqlx::Error) -> Option<String> {
 
 /// Whether two statements were in each other's way, so that the same may succeed now.
 fn is_conflict(error: &sqlx::Error) -> bool {
-    // serialization_failure, deadlock_detected.
-    matches!(state_of(error).as_deref(), Some("40001" | "40P01"))
+    // serialization_failure, deadlock_detected, lock_not_available.
+    matches!(state_of(error).as_deref(), Some("40001" | "40P01" | "55P03"))
 }
 
 /// By SQLSTATE, <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
@@ -369,7 +402,7 @@ fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
             state if state.starts_with("08") || state.starts_with("57") => {
                 StoreErrorKind::Unreachable
             }
-            // lock_not_available; in each other's way for too long.
+            // In each other's way for too long.
             "55P03" | "40001" | "40P01" => StoreErrorKind::TimedOut,
             "53100" => StoreErrorKind::Full,
             // program_limit_exceeded.
@@ -390,9 +423,43 @@ fn kind_of(error: &sqlx::Error) -> StoreErrorKind {
     }
 }
 
+impl Carrier for PostgresStore {
+    const NAME: &str = NAME;
+
+    fn lanes(&self) -> &Lanes {
+        &self.0.lanes
+    }
+
+    fn patience(&self) -> Duration {
+        TIMEOUT
+    }
+
+    async fn claim_one(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        self.ask_unchecked(claim).await
+    }
+
+    async fn complete_one(&self, completion: &Completion) -> Result<Written, StoreError> {
+        self.ask_unchecked(completion).await
+    }
+
+    async fn claim_all(&self, claims: &[Claim]) -> Result<Vec<Option<Claimed>>, StoreError> {
+        self.ask_unchecked(claims).await
+    }
+
+    async fn complete_all(
+        &self,
+        completions: &[Completion],
+    ) -> Result<Vec<Option<Written>>, StoreError> {
+        self.ask_unchecked(completions).await
+    }
+}
+
 impl Store for PostgresStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
-        Box::pin(self.ask(claim))
+        Box::pin(async move {
+            self.ready().await?;
+            carry(self, claim).await
+        })
     }
 
     fn issue<'a>(&'a self, issue: &'a Issue) -> BoxFuture<'a, Result<Written, StoreError>> {
@@ -414,7 +481,10 @@ impl Store for PostgresStore {
         &'a self,
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
-        Box::pin(self.ask(completion))
+        Box::pin(async move {
+            self.ready().await?;
+            carry(self, completion).await
+        })
     }
 
     fn release<'a>(
@@ -459,6 +529,10 @@ impl Store for PostgresStore {
             }
             Ok(removed)
         })
+    }
+
+    fn is_remote(&self) -> bool {
+        true
     }
 
     fn manage(&self) -> Option<&dyn Manage> {

@@ -1,12 +1,10 @@
 //! Records in Redis, Valkey or Redis Cluster.
 //!
-//! One key is one record ([`record`]), and whatever changes it is one call of one script on that
-//! key ([`script`]): decided where the record is, by the server's clock, in one round trip. A plain
-//! `SET … NX GET` would do for a fresh claim, at half the server's time (6.5 µs against 13 on a busy
-//! machine with Redis 7.0), but its answer does not say what time it is. The lease's end and the age
-//! could then only be told from the key's own expiry, each script would have to know both forms, and
-//! whoever finds a record, as every replay does, would have to ask again for the time that is left
-//! of it: two round trips, and no less of the server's time than one script.
+//! One key is one record ([`record`]), and whatever is done to it is one command on that key. A first
+//! claim is a plain `SET … NX GET`; everything else is one call of a script ([`script`]), decided
+//! where the record is and by the server's clock. A claim that meets a record calls the script too,
+//! behind the `SET`: it may be a claim made before, a lease that is over, or an answer, which is of
+//! no use without the time that is left of it.
 
 mod builder;
 mod connection;
@@ -19,25 +17,25 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::future::{BoxFuture, join_all};
-use redis::{Client, ErrorKind, FromRedisValue as _, IntoConnectionInfo, ServerErrorKind};
+use redis::{Client, FromRedisValue as _, IntoConnectionInfo};
 use tokio::runtime::Handle;
 
 pub use self::builder::RedisStoreBuilder;
 use self::{
     connection::{Cause, Connection, Node, command, failure, unexpected, within},
-    record::{decode, millis, ttl_millis, what},
+    record::{completed_head, decode, first, millis, ttl_millis, what},
     script::{Answer, Outcome, Step},
 };
 use super::{
     Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
-    StoreErrorKind, Wake, Written,
+    StoreErrorKind, Wake, Written, row::Row,
 };
 use crate::{
     key::{Key, OperationId, Token},
@@ -49,9 +47,6 @@ const NAME: &str = "redis";
 /// For how long an operation can be found by its id beyond the time that its record is kept for
 /// when it is claimed: completing prolongs that by as long as the handler runs.
 const HANDLERS_RUN: Duration = Duration::from_secs(3600);
-/// How often the servers are looked up because one of them is silent or no longer a master: other
-/// calls wait for that, in a cluster with a silent node for as long as its time-out.
-const NOTICE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A store in Redis (7.0 or newer), Valkey or Redis Cluster: for many processes, and for many
 /// records.
@@ -93,8 +88,9 @@ const NOTICE_INTERVAL: Duration = Duration::from_secs(5);
 /// # Permissions
 ///
 /// A user of idem's own needs the keys and channels of its prefix and these commands:
-/// `~idem:* &idem:* +eval +evalsha +time +get +set +del +scan +publish +subscribe +ping +info`, in
-/// a cluster `+cluster +exists`, and `+wait` for [`replicas`](RedisStoreBuilder::replicas).
+/// `~idem:* &idem:* +eval +evalsha +time +pexpiretime +get +set +del +scan +publish +subscribe +ping
+/// +info`, in a cluster `+cluster +exists`, and `+wait` for
+/// [`replicas`](RedisStoreBuilder::replicas).
 ///
 /// # TLS
 ///
@@ -132,8 +128,6 @@ struct Shared {
     max_bytes: usize,
     /// Where the last sweep ended on each server.
     swept: Mutex<HashMap<Node, u64>>,
-    /// When the servers were last looked up because one of them was silent or no longer a master.
-    noticed: Mutex<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -225,7 +219,8 @@ impl Shared {
         mark!("redis.step.before");
         let answer = within(self.patience(), self.connection.run(&step, &name)).await;
         mark!("redis.step.answered");
-        let answer = answer.inspect_err(|error| self.notice(error, &name))?;
+        let answer =
+            answer.inspect_err(|error| self.connection.notice(error, &name, self.patience()))?;
         Answer::read(answer).map_err(failure)
     }
 
@@ -244,7 +239,8 @@ impl Shared {
         wait.arg(replicas.count).arg(millis(replicas.within).max(1));
         let patience = self.patience().saturating_add(replicas.within);
         let answers = within(patience, connection.run_and(&step, &name, &wait)).await;
-        let [answer, acknowledged] = answers.inspect_err(|error| self.notice(error, &name))?;
+        let [answer, acknowledged] =
+            answers.inspect_err(|error| connection.notice(error, &name, patience))?;
         let answer = Answer::read(answer).map_err(failure)?;
         let acknowledged =
             u32::from_redis_value(acknowledged).map_err(|error| failure(error.into()))?;
@@ -252,30 +248,6 @@ impl Shared {
             return Err(Cause::Unacknowledged { acknowledged, wanted: replicas.count }.error());
         }
         Ok(answer)
-    }
-
-    /// Sees to it that a server which is silent or no longer a master is not asked for ever.
-    fn notice(self: &Arc<Self>, error: &StoreError, name: &str) {
-        let is_silent = error.kind() == StoreErrorKind::TimedOut && !self.connection.is_single();
-        let is_demoted = is_read_only(error) && self.connection.is_single();
-        if !is_silent && !is_demoted {
-            return;
-        }
-        let Ok(runtime) = Handle::try_current() else { return };
-        let mut noticed = self.noticed.lock().unwrap_or_else(PoisonError::into_inner);
-        if noticed.is_some_and(|when| when.elapsed() < NOTICE_INTERVAL) {
-            return;
-        }
-        *noticed = Some(Instant::now());
-        drop(noticed);
-        let (shared, name) = (Arc::clone(self), name.to_owned());
-        runtime.spawn(async move {
-            let connections = shared.acknowledged.as_ref().map(|(connection, _)| connection);
-            for connection in connections.into_iter().chain([&shared.connection]) {
-                // The next call that meets this sees to it again.
-                drop(within(shared.patience(), connection.look_again(&name)).await);
-            }
-        });
     }
 
     /// Whether the servers take a record as large as a step makes it.
@@ -289,13 +261,30 @@ impl Shared {
 
     /// The record that came with an answer.
     fn record(key: &Key, answer: Answer) -> Result<Record, StoreError> {
-        let record = answer.record.ok_or_else(|| failure(unexpected()))?;
+        let (record, now) = answer.record.ok_or_else(|| failure(unexpected()))?;
         let row = decode(*key, &record).map_err(|kind| StoreError::new(NAME, kind))?;
-        Ok(row.record(answer.now))
+        Ok(row.record(now))
+    }
+
+    /// Makes the record of a first claim and answers it, unless there is a record or what is asked
+    /// takes the script.
+    async fn first_claim(self: &Arc<Self>, claim: &Claim) -> Result<Option<Record>, StoreError> {
+        let Some((record, kept)) = first(claim).filter(|_| !claim.issued_only) else {
+            return Ok(None);
+        };
+        let step = Step::First { record: &record, kept };
+        self.check_size(&step)?;
+        match self.step_acknowledged(&claim.key, step).await {
+            Ok(Answer { outcome: Outcome::Done, .. }) => Ok(Some(Row::fresh(claim, 0).record(0))),
+            Ok(_) => Ok(None),
+            // The server did not look whether there is a record, which can be had all the same.
+            Err(error) if error.kind() == StoreErrorKind::Full => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     async fn read(self: &Arc<Self>, key: &Key) -> Result<Option<Record>, StoreError> {
-        let step = Step { name: "read", format: FORMAT, arguments: Vec::new() };
+        let step = Step::new("read", FORMAT, []);
         let answer = self.step(key, step).await?;
         match readable(answer.outcome)? {
             Outcome::Done => Self::record(key, answer).map(Some),
@@ -346,14 +335,6 @@ impl Shared {
     }
 }
 
-/// Whether the server answered that it is a replica.
-fn is_read_only(error: &StoreError) -> bool {
-    let error = std::error::Error::source(error).and_then(|source| source.downcast_ref());
-    error.is_some_and(|error: &redis::RedisError| {
-        error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
-    })
-}
-
 /// An outcome, unless it is that the record cannot be read.
 const fn readable(outcome: Outcome) -> Result<Outcome, StoreError> {
     match outcome {
@@ -366,10 +347,14 @@ const fn readable(outcome: Outcome) -> Result<Outcome, StoreError> {
 impl Store for RedisStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
         Box::pin(async move {
+            if let Some(granted) = self.0.first_claim(claim).await? {
+                self.0.note(&claim.key, &claim.operation_id, granted.kept_left);
+                return Ok(Claimed::Granted(granted));
+            }
             let what =
                 what(&claim.operation_id, &claim.scope, &claim.fingerprint, &claim.operation);
             let reruns = claim.on_unknown == crate::decision::OnUnknown::Rerun;
-            let arguments = vec![
+            let arguments = [
                 claim.token.as_bytes().into(),
                 what.as_slice().into(),
                 millis(claim.lease).into(),
@@ -377,7 +362,7 @@ impl Store for RedisStore {
                 claim.issued_only.into(),
                 reruns.into(),
             ];
-            let step = Step { name: "claim", format: claim.format, arguments };
+            let step = Step::new("claim", claim.format, arguments);
             self.0.check_size(&step)?;
             let answer = self.0.step_acknowledged(&claim.key, step).await?;
             match readable(answer.outcome)? {
@@ -398,14 +383,14 @@ impl Store for RedisStore {
         Box::pin(async move {
             let what =
                 what(&issue.operation_id, &issue.scope, &Fingerprint::NONE, &issue.operation);
-            let arguments = vec![
+            let arguments = [
                 issue.token.as_bytes().into(),
                 what.as_slice().into(),
                 ttl_millis(issue.valid_for).into(),
                 ttl_millis(issue.kept_for).into(),
                 issue.payload.as_ref().into(),
             ];
-            let step = Step { name: "issue", format: issue.format, arguments };
+            let step = Step::new("issue", issue.format, arguments);
             self.0.check_size(&step)?;
             let written = self.0.written(&issue.key, step, true).await?;
             if written == Written::Done {
@@ -423,12 +408,12 @@ impl Store for RedisStore {
         // The order of the calls, whatever becomes of their futures.
         let number = next_checkpoint();
         Box::pin(async move {
-            let arguments = vec![
+            let arguments = [
                 checkpoint.token.as_bytes().into(),
                 checkpoint.payload.as_ref().into(),
                 number.into(),
             ];
-            let step = Step { name: "checkpoint", format: checkpoint.format, arguments };
+            let step = Step::new("checkpoint", checkpoint.format, arguments);
             self.0.check_size(&step)?;
             self.0.written(&checkpoint.key, step, true).await
         })
@@ -439,13 +424,8 @@ impl Store for RedisStore {
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            let arguments = vec![
-                completion.token.as_bytes().into(),
-                completion.payload.as_ref().into(),
-                ttl_millis(completion.ttl).into(),
-                u64::from(completion.flags.bits()).into(),
-            ];
-            let step = Step { name: "complete", format: completion.format, arguments };
+            let head = completed_head(completion);
+            let step = Step::complete(completion, &head);
             self.0.check_size(&step)?;
             self.0.written(&completion.key, step, true).await
         })
@@ -457,8 +437,7 @@ impl Store for RedisStore {
         token: &'a Token,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            let arguments = vec![token.as_bytes().into()];
-            let step = Step { name: "release", format: FORMAT, arguments };
+            let step = Step::new("release", FORMAT, [token.as_bytes().into()]);
             self.0.written(key, step, false).await
         })
     }
@@ -469,8 +448,7 @@ impl Store for RedisStore {
         token: &'a Token,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            let arguments = vec![token.as_bytes().into()];
-            let step = Step { name: "forget", format: FORMAT, arguments };
+            let step = Step::new("forget", FORMAT, [token.as_bytes().into()]);
             self.0.written(key, step, false).await
         })
     }
@@ -479,8 +457,8 @@ impl Store for RedisStore {
     fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
         Box::pin(async move {
             let renewals = claims.iter().map(async |renewal| {
-                let arguments = vec![renewal.token.as_bytes().into(), millis(renewal.lease).into()];
-                let step = Step { name: "renew", format: FORMAT, arguments };
+                let arguments = [renewal.token.as_bytes().into(), millis(renewal.lease).into()];
+                let step = Step::new("renew", FORMAT, arguments);
                 let answer = self.0.step(&renewal.key, step).await?;
                 // A record that this release cannot read is not one that it holds.
                 Ok(answer.outcome == Outcome::Done)
@@ -499,6 +477,10 @@ impl Store for RedisStore {
     /// or at as many as it may remove if that is more, from where the last one ended.
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(self.0.sweep(limit))
+    }
+
+    fn is_remote(&self) -> bool {
+        true
     }
 
     fn manage(&self) -> Option<&dyn Manage> {

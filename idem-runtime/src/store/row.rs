@@ -15,7 +15,7 @@ use super::{
 use crate::{
     decision::{Asked, Decision, Seen, decide},
     key::{Key, OperationId, ScopeDigest, Token},
-    record::{FORMAT, Fingerprint, Flags, Record, State},
+    record::{Fingerprint, Flags, Record, State},
 };
 
 /// A [`Record`] whose times are instants of its store's clock.
@@ -123,20 +123,32 @@ impl Claim {
     }
 }
 
-/// What a reader of a format finds: nothing once the row is over, whether or not it was swept.
+/// Whether a reader of a format finds a row that was written in one and is kept until an instant:
+/// not once it is over, whether or not it was swept.
 ///
 /// A newer row is refused before its times are looked at, since only its own release knows what
 /// they mean.
+pub(super) const fn is_found(
+    written_in: u16,
+    kept_until: Millis,
+    format: u16,
+    now: Millis,
+) -> Result<bool, StoreErrorKind> {
+    if written_in > format {
+        return Err(StoreErrorKind::Newer);
+    }
+    Ok(kept_until > now)
+}
+
+/// What a reader of a format finds.
+#[cfg(any(test, feature = "mysql", feature = "postgres", feature = "sqlite"))]
 pub(super) fn found(
     row: Option<&Row>,
     format: u16,
     now: Millis,
 ) -> Result<Option<&Row>, StoreErrorKind> {
-    match row {
-        Some(row) if row.format > format => Err(StoreErrorKind::Newer),
-        Some(row) if row.kept_until <= now => Ok(None),
-        row => Ok(row),
-    }
+    let Some(row) = row else { return Ok(None) };
+    Ok(is_found(row.format, row.kept_until, format, now)?.then_some(row))
 }
 
 impl Row {
@@ -306,11 +318,6 @@ impl Row {
         self.state == State::Running && self.token == token
     }
 
-    /// Whether a sweep removes it: it is over, and this release understands it.
-    pub(super) fn is_over(&self, now: Millis) -> bool {
-        matches!(found(Some(self), FORMAT, now), Ok(None))
-    }
-
     /// Whether its owner holds the claim, as far as anybody knows.
     pub(super) fn is_leased(&self, now: Millis) -> bool {
         self.state == State::Running && self.lease_end > now
@@ -353,7 +360,11 @@ impl Row {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{decision::OnUnknown, record::Ttl, store::clock::NEVER};
+    use crate::{
+        decision::OnUnknown,
+        record::{FORMAT, Ttl},
+        store::clock::NEVER,
+    };
 
     const SECOND: Millis = 1_000;
 
@@ -473,7 +484,7 @@ mod tests {
         assert!(matches!(row.claim(&claim(), NEVER - 1), Claimed::Granted(_)));
         assert_eq!(row.attempt, u32::MAX);
         assert_eq!(row.kept_until, NEVER);
-        assert!(!row.is_over(NEVER - 1));
+        assert!(matches!(found(Some(&row), FORMAT, NEVER - 1), Ok(Some(_))));
         assert_eq!(Row::fresh(&endless, NEVER - 1).record(NEVER - 1).kept_left, Ttl::Forever);
     }
 }

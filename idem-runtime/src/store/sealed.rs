@@ -66,7 +66,8 @@ impl Veil {
         Ok(completion)
     }
 
-    fn open(&self, record: Record) -> Record {
+    /// A record as it was before it was sealed.
+    pub(super) fn open(&self, record: Record) -> Record {
         // A record that was only claimed has no payload, and nobody has sealed it. What was issued
         // or recorded is never nothing: there, an empty payload is one that was emptied.
         let may_be_empty = matches!(record.state, State::Running | State::Released);

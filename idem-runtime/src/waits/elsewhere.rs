@@ -71,7 +71,8 @@ impl Shared {
 
     /// A claim of this process is over, however it ended.
     pub(crate) fn let_go(self: &Arc<Self>, key: &Key) {
-        if self.waits.elsewhere.change(|keys| keys.awaited.remove(key)) {
+        let was_awaited = |keys: &mut Keys| !keys.awaited.is_empty() && keys.awaited.remove(key);
+        if self.waits.elsewhere.change(was_awaited) {
             self.signal(Signal::Ended(*key));
         }
     }

@@ -224,6 +224,19 @@ impl Cluster {
         self.living_master_of(key).expect("a master of each slot")
     }
 
+    /// Has a replica of this master take over from it as soon as it has all that the master has,
+    /// without asking anybody.
+    pub fn fail_over(&self, master: &Redis) {
+        let follows = format!("master_port:{}\r\nmaster_link_status:up", master.port());
+        self.wait_until("a replica takes over", || {
+            self.nodes.iter().any(|node| {
+                let state: RedisResult<String> = node.ask(&["INFO", "replication"]);
+                state.is_ok_and(|state| state.contains(&follows))
+                    && node.ask::<()>(&["CLUSTER", "FAILOVER", "TAKEOVER"]).is_ok()
+            })
+        });
+    }
+
     fn living_master_of(&self, key: &str) -> Option<&Redis> {
         let slot: u32 = self.any(&["CLUSTER", "KEYSLOT", key]);
         let masters = masters(&self.any::<String>(&["CLUSTER", "NODES"]));

@@ -274,9 +274,13 @@ async fn main() {
     });
 
     let ledger = Ledger::open(&url).await;
-    let store = match (ledger.store().await, flaw) {
-        (store, None) => store,
-        (store, Some(flaw)) => Arc::new(Flawed { store, flaw }),
+    let store = match mark.contains(".together.") {
+        true => ledger.store_in_a_crowd().await,
+        false => ledger.store().await,
+    };
+    let store = match flaw {
+        None => store,
+        Some(flaw) => Arc::new(Flawed { store, flaw }),
     };
     let engine = Idempotency::builder(store).scope(Scope::global()).lease(lease).build();
     let with_policy = |policy: Policy| match promise.as_str() {

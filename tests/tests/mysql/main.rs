@@ -20,7 +20,10 @@ use idem_runtime::{
     testing::StoreFixture,
 };
 use sqlx::{MySqlPool, mysql::MySqlPoolOptions};
-use tests::servers::mariadb::{Database, MariaDb};
+use tests::{
+    crowd::Crowd,
+    servers::mariadb::{Database, MariaDb},
+};
 
 /// How long claims hold and records live.
 const HOUR: Duration = Duration::from_secs(3600);
@@ -32,6 +35,8 @@ struct Fixture {
     store: MySqlStore,
     second: MySqlStore,
     pool: MySqlPool,
+    /// Whether calls travel with others.
+    crowded: bool,
     database: Database,
 }
 
@@ -46,17 +51,31 @@ impl Fixture {
         store.create_schema().await.expect("tables");
         let pool = MySqlPoolOptions::new().max_connections(8).connect_lazy_with(database.options());
         let second = MySqlStore::new(pool.clone());
-        Self { store, second, pool, database }
+        Self { store, second, pool, crowded: false, database }
+    }
+
+    /// Every claim and every completion travels with others.
+    async fn crowded() -> Self {
+        let fixture = Self::start().await;
+        let [store, second] = [&fixture.store, &fixture.second].map(|s| s.clone().with_lanes(1));
+        Self { store, second, crowded: true, ..fixture }
+    }
+
+    fn open(&self, store: &MySqlStore) -> Arc<dyn Store> {
+        match self.crowded {
+            true => Arc::new(Crowd(store.clone())),
+            false => Arc::new(store.clone()),
+        }
     }
 }
 
 impl StoreFixture for Fixture {
     fn store(&self) -> Arc<dyn Store> {
-        Arc::new(self.store.clone())
+        self.open(&self.store)
     }
 
     fn second(&self) -> Arc<dyn Store> {
-        Arc::new(self.second.clone())
+        self.open(&self.second)
     }
 
     /// Brings all that is stored forward.
@@ -87,6 +106,12 @@ mod laws {
 
     idem_runtime::store_laws!(Fixture::start().await);
     idem_runtime::manage_laws!(Fixture::start().await);
+
+    mod in_a_crowd {
+        use super::Fixture;
+
+        idem_runtime::store_laws!(Fixture::crowded().await);
+    }
 }
 
 fn any_claim() -> Claim {

@@ -9,10 +9,15 @@ mod promises;
 
 use std::time::{Duration, Instant};
 
-use axum::{Router, body::Body, http::Request, routing::post};
+use axum::{
+    Router,
+    body::Body,
+    http::{Method, Request, StatusCode},
+    routing::post,
+};
 use idem_runtime::{
-    Idempotency, IdempotentExt, InFlight, Policy, Scope, Tx,
-    store::{MySqlStore, PostgresStore, Store},
+    Anchor, Idempotency, IdempotentExt, InFlight, KeyName, Policy, Scope, Tx,
+    store::{Clock, MySqlStore, PostgresStore, ReplayCache, Store},
 };
 use sqlx::{
     MySql, MySqlConnection, MySqlPool, PgConnection, PgPool, Postgres, Sqlite,
@@ -26,6 +31,8 @@ use tests::servers::{
 use tower::ServiceExt;
 
 use crate::bank::{Bank, Base, PATIENCE, POLICY, assert_refused, different, told};
+
+const KEY: Anchor = Anchor::header("Idempotency-Key");
 
 /// A database on a server.
 trait Served: Base {
@@ -324,6 +331,39 @@ async fn every_isolation<B: Served>() {
     }
 }
 
+async fn a_repetition_is_at_hand<B: Served>() {
+    let clock = Clock::manual();
+    let cache = || ReplayCache::new().clock(clock.clone());
+    let here = Bank::<B>::open().await;
+    let base = here.base.through(here.base.port());
+    let here = Bank::again(here.base, POLICY, |engine| engine.replay_cache(cache())).await;
+    let there = Bank::again(base, POLICY, |engine| engine.replay_cache(cache())).await;
+    let answer = |replayed, run: &str| (StatusCode::CREATED, replayed, format!("run {run}"));
+    assert_eq!(there.send("l", "a").await, answer(false, "1"));
+    for replayed in [false, true, true] {
+        assert_eq!(here.send("k", "a").await, answer(replayed, "1"));
+    }
+    let name = KeyName::of(&KEY, "k").operation(&Method::POST, "/", [""; 0]);
+    let purged = there.app.idem.admin().purge(&(), &name).await.expect("purged");
+    assert_eq!(purged.removed, 1);
+    assert_eq!(there.send("k", "a").await, answer(false, "2"));
+
+    // It takes no connection, and nobody here has heard of the purge.
+    let mut connections = Vec::new();
+    for _ in 0..5 {
+        connections.push(here.base.connection().await);
+    }
+    let start = Instant::now();
+    assert_eq!(here.send("k", "a").await, answer(true, "1"));
+    assert!(start.elapsed() < PATIENCE / 10, "{:?}", start.elapsed());
+    drop(connections);
+    clock.advance(Duration::from_secs(10));
+    for bank in [&here, &there] {
+        assert_eq!(bank.send("k", "a").await, answer(true, "2"));
+    }
+    assert_eq!((here.runs(), there.runs(), here.counts().await), (1, 2, (3, 2)));
+}
+
 async fn a_tx_of_another_database_is_refused<B: Served>() {
     async fn elsewhere(_tx: Tx<Sqlite>, _body: String) {}
     let base = B::open(5).await;
@@ -362,6 +402,7 @@ on_both!(
     a_commit_that_is_lost_has_not_happened_and_is_answered_for,
     a_commit_whose_answer_is_lost_is_found_out,
     every_isolation,
+    a_repetition_is_at_hand,
     a_tx_of_another_database_is_refused,
 );
 

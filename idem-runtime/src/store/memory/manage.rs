@@ -11,7 +11,7 @@ use super::{MemoryStore, NAME, Shared, lock};
 use crate::{
     key::{Key, OperationId, ScopeDigest},
     record::{FORMAT, Record},
-    store::{Listing, Manage, Page, Place, Purge, Purged, StoreError, row::found},
+    store::{Listing, Manage, Page, Place, Purge, Purged, StoreError},
 };
 
 impl Shared {
@@ -20,10 +20,12 @@ impl Shared {
             {
                 let shard = lock(shard);
                 let now = self.clock.now();
-                let mut rows = shard.entries.iter().map(|entry| &entry.row);
-                if let Some(row) = rows.find(|row| row.operation_id == operation_id) {
-                    return match found(Some(row), FORMAT, now) {
-                        Ok(row) => Ok(row.map(|row| row.record(now))),
+                let mut entries = shard.entries.iter();
+                if let Some(entry) = entries.find(|entry| entry.operation_id() == operation_id) {
+                    return match entry.is_found(FORMAT, now) {
+                        Ok(is_found) => {
+                            Ok(is_found.then(|| entry.row(&self.operations).record(now)))
+                        }
                         Err(kind) => Err(StoreError::new(NAME, kind)),
                     };
                 }
@@ -41,16 +43,16 @@ impl Shared {
             {
                 let shard = lock(shard);
                 let now = self.clock.now();
-                for row in shard.entries.iter().map(|entry| &entry.row) {
-                    let place = Place { created: row.created, key: row.key };
+                for entry in &shard.entries {
+                    let place = Place { created: entry.created(), key: entry.key() };
                     let is_behind = listing.after.is_none_or(|after| place > after);
                     let may_enter = oldest.len() <= limit
                         || oldest.last_key_value().is_some_and(|(youngest, _)| place < *youngest);
-                    let is_theirs = listing.scope.is_none_or(|scope| row.scope == scope);
-                    if !(is_behind && may_enter && is_theirs && row.kept_until > now) {
+                    let is_theirs = listing.scope.is_none_or(|scope| entry.scope() == scope);
+                    if !(is_behind && may_enter && is_theirs && entry.kept_until() > now) {
                         continue;
                     }
-                    let record = row.summary(now);
+                    let record = entry.row(&self.operations).summary(now);
                     if listing.kind.covers(&record) {
                         oldest.insert(place, record);
                     }
@@ -72,9 +74,9 @@ impl Shared {
     fn purge_key(&self, key: &Key) -> Purged {
         let mut shard = self.shard(key);
         let now = self.clock.now();
-        let place = shard.entries.find_entry(super::hash(key), |entry| entry.row.key == *key);
+        let place = shard.entries.find_entry(super::hash(key), |entry| entry.is_of(key));
         let Ok(place) = place else { return Purged::default() };
-        if place.get().row.is_leased(now) {
+        if place.get().row(&self.operations).is_leased(now) {
             return Purged { removed: 0, running: 1 };
         }
         let (entry, _) = place.remove();
@@ -90,10 +92,10 @@ impl Shared {
                 let mut shard = lock(shard);
                 let now = self.clock.now();
                 let gone = shard.entries.extract_if(|entry| {
-                    let is_theirs = entry.row.scope == scope;
-                    let leased = entry.row.is_leased(now);
+                    let is_theirs = entry.scope() == scope;
+                    let leased = is_theirs && entry.row(&self.operations).is_leased(now);
                     let goes = is_theirs && !leased && purged.removed < limit;
-                    purged.running += usize::from(is_theirs && leased);
+                    purged.running += usize::from(leased);
                     purged.removed += usize::from(goes);
                     goes
                 });

@@ -5,19 +5,25 @@
 //! after which reading it holds. There are no transactions, so that no lock outlives its statement,
 //! and every call can be made again when nobody knows what became of it.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt::Write as _,
+};
 
 use sqlx::MySqlConnection;
 
 use super::{
-    failure::Failure,
-    row::{Loaded, claim_of, from_now, insert, key_of, load, now, remove, replace},
+    failure::{Failure, Remedy},
+    many,
+    row::{
+        Loaded, claim_of, columns, decode, from_now, insert, key_of, load, now, remove, replace,
+    },
 };
 use crate::{
     key::{Key, Token},
     record::{FORMAT, Record},
     store::{
-        Checkpoint, Completion, Renewal, Written,
+        Checkpoint, Claim, Claimed, Completion, Renewal, Written,
         clock::{Millis, after, end_of},
         row::{Ended, Opening, Row, found},
     },
@@ -124,6 +130,127 @@ impl Call for Complete<'_> {
                 Ended::Fenced => return Ok(Written::Fenced(row.record(now))),
             }
         }
+    }
+}
+
+/// Claims on different keys, in order of keys: nothing is answered to those that are to be made by
+/// themselves, since their records are free to be taken or cannot be read.
+pub(super) struct OpenAll<'a>(pub(super) &'a [Claim]);
+
+impl Call for OpenAll<'_> {
+    type Answer = Vec<Option<Claimed>>;
+
+    fn size(&self) -> usize {
+        // In text, a byte takes two.
+        let said = |claim: &Claim| claim.operation.len() + claim.fingerprint.scheme.len() + 256;
+        self.0.iter().map(|claim| 2 * said(claim)).sum()
+    }
+
+    /// One statement where no key has a row; a second one says which have, and reads them.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<Option<Claimed>>, Failure> {
+        // What tells the rows that this statement has made from those of an earlier one under the
+        // same token, whose answer was lost. As large as it is, it never comes to its type's end.
+        let mark: i64 = rand::random_range(0..1 << 62);
+        let mut made = 0;
+        if self.0.iter().any(|claim| !claim.issued_only) {
+            let insert = many::insert(self.0.iter().filter(|claim| !claim.issued_only), mark);
+            mark!("mysql.leased.together.claims.before");
+            let inserted = together(connection, insert).await?;
+            mark!("mysql.leased.together.claims.answered");
+            match inserted {
+                Some(rows) => made = rows,
+                None => return Ok(vec![None; self.0.len()]),
+            }
+        }
+        let granted = |claim: &Claim| Claimed::Granted(Row::fresh(claim, 0).record(0));
+        if made == self.0.len() as u64 {
+            return Ok(self.0.iter().map(|claim| Some(granted(claim))).collect());
+        }
+        let rows = sqlx::query(concat!(
+            "SELECT ",
+            columns!("existing."),
+            ", payload, ",
+            now!(),
+            " AS read_at FROM ",
+            listed!()
+        ))
+        .bind(list(self.0.iter().map(|claim| (claim.key, String::new()))))
+        .fetch_all(connection)
+        .await?;
+        let mut there: HashMap<_, _> =
+            rows.iter().filter_map(|row| Some((key_of(row).ok()?, decode(row)))).collect();
+        let answer = |claim: &Claim| match there.remove(&claim.key) {
+            None => claim.issued_only.then_some(Claimed::Unknown),
+            // A record that cannot be read is the affair of its own claim.
+            Some(Err(_)) => None,
+            Some(Ok(loaded)) if loaded.row.is_held_by(claim.token) => {
+                loaded.is_of(mark).then(|| granted(claim))
+            }
+            Some(Ok(Loaded { mut row, now, .. })) => match found(Some(&row), claim.format, now) {
+                Ok(Some(_)) => {
+                    let (changed, answer) = claim.on_row(&mut row, now);
+                    (!changed).then_some(answer)
+                }
+                Ok(None) | Err(_) => None,
+            },
+        };
+        Ok(self.0.iter().map(answer).collect())
+    }
+}
+
+/// Answers on different keys, in order of keys: nothing is answered to those whose claims are not
+/// held.
+pub(super) struct CompleteAll<'a>(pub(super) &'a [Completion]);
+
+impl Call for CompleteAll<'_> {
+    type Answer = Vec<Option<Written>>;
+
+    fn size(&self) -> usize {
+        self.0.iter().map(|completion| 2 * completion.payload.len() + 512).sum()
+    }
+
+    /// One statement; a second one says which were written, if not all were.
+    async fn run(&self, connection: &mut MySqlConnection) -> Result<Vec<Option<Written>>, Failure> {
+        let update = many::complete(self.0);
+        mark!("mysql.leased.together.completions.before");
+        let written = together(connection, update).await?;
+        mark!("mysql.leased.together.completions.answered");
+        let Some(written) = written else { return Ok(vec![None; self.0.len()]) };
+        if written == self.0.len() as u64 {
+            return Ok(self.0.iter().map(|_| Some(Written::Done)).collect());
+        }
+        let rows = sqlx::query(concat!(
+            "SELECT existing.record_key, existing.token FROM ",
+            listed!(),
+            " WHERE existing.token = UNHEX(listed.token) AND state = 3
+               AND format BETWEEN 1 AND ? AND kept_until > ",
+            now!()
+        ))
+        .bind(list(self.0.iter().map(|completion| {
+            (completion.key, format!(r#","{}""#, hex(completion.token.as_bytes())))
+        })))
+        .bind(FORMAT)
+        .fetch_all(connection)
+        .await?;
+        let done: HashSet<_> = rows.iter().flat_map(claim_of).collect();
+        let is_done = |completion: &Completion| done.contains(&(completion.key, completion.token));
+        let answer = |completion| is_done(completion).then_some(Written::Done);
+        Ok(self.0.iter().map(answer).collect())
+    }
+}
+
+/// How many rows a statement that carries many calls has made or changed; nothing if it was in
+/// others' way, so that each call is better made by itself.
+async fn together(
+    connection: &mut MySqlConnection,
+    statement: String,
+) -> Result<Option<u64>, Failure> {
+    // It consists of what is written in `many`, of digits, and of bytes in hexadecimal.
+    let statement = sqlx::raw_sql(sqlx::AssertSqlSafe(statement));
+    match statement.execute(connection).await.map_err(Failure::from) {
+        Ok(done) => Ok(Some(done.rows_affected())),
+        Err(failure) if failure.remedy() == Remedy::Again => Ok(None),
+        Err(failure) => Err(failure),
     }
 }
 
@@ -281,9 +408,7 @@ pub(super) fn list(entries: impl Iterator<Item = (Key, String)>) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     let mut hex = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        let _ = write!(hex, "{byte:02x}");
-    }
+    many::push_hex(&mut hex, bytes);
     hex
 }
 

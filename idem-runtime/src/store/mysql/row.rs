@@ -33,9 +33,16 @@ macro_rules! from_now {
 /// not matter.
 macro_rules! columns {
     () => {
-        "record_key, scope, CAST(operation AS BINARY) AS operation, operation_id, state, \
-         CAST(scheme AS BINARY) AS scheme, fingerprint, token, attempt, lease_end, valid_until, \
-         kept_until, created, format, flags, version"
+        $crate::store::mysql::row::columns!("")
+    };
+    ($table:literal) => {
+        concat!(
+            $table,
+            "record_key, scope, CAST(operation AS BINARY) AS operation, operation_id, state, \
+             CAST(scheme AS BINARY) AS scheme, fingerprint, ",
+            $table,
+            "token, attempt, lease_end, valid_until, kept_until, created, format, flags, version"
+        )
     };
 }
 
@@ -47,6 +54,13 @@ pub(super) struct Loaded {
     /// When it was read, by the server's clock.
     pub(super) now: Millis,
     pub(super) stamp: Stamp,
+}
+
+impl Loaded {
+    /// Whether it is as a statement made it that marked its rows so.
+    pub(super) const fn is_of(&self, mark: i64) -> bool {
+        self.stamp.version == mark
+    }
 }
 
 /// By what a row that was changed since it was read is told from one that was not.

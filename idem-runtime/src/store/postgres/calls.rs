@@ -1,6 +1,7 @@
 //! The statements: one for each call, which decides and writes in one step. A claim on a record that
-//! is there and free to be taken needs a second one ([`Claim::take`]), so that those that are the
-//! most, on fresh keys and on keys that are taken, do not pay for it.
+//! is there and free to be taken needs a second one ([`Claim::take`]), and so does a completion that
+//! finds its claim gone, to say what stands there, so that those that are the most do not pay for
+//! them. Claims and completions have a second form, which carries many.
 //!
 //! What they decide is what [`row`](crate::store::row) says for the embedded stores, and the laws
 //! hold both to the same. They have a common shape. `asked` is what the caller brings, with the
@@ -10,7 +11,7 @@
 //! statement tells of a refusal, however, is the row of its snapshot; where the two disagree,
 //! somebody was faster, and the call is made again ([`Call::once`] answers `None`).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use sqlx::{
     PgConnection, Postgres, Row as _,
@@ -18,7 +19,10 @@ use sqlx::{
     query::Query,
 };
 
-use super::rows::{bytes, decode, now, record_of};
+use super::{
+    is_conflict,
+    rows::{bytes, decode, now, record_of},
+};
 use crate::{
     decision::{Decision, OnUnknown, decide},
     key::{Key, Token},
@@ -83,6 +87,32 @@ impl Session<'_> {
         rows
     }
 
+    /// How many rows a statement changed that only changes rows.
+    pub(super) async fn changes(
+        &mut self,
+        query: Query<'_, Postgres, PgArguments>,
+    ) -> Result<u64, sqlx::Error> {
+        mark!("postgres.leased.change.before");
+        let changed = query.persistent(self.prepares).execute(&mut *self.connection).await;
+        mark!("postgres.leased.change.answered");
+        changed.map(|changed| changed.rows_affected())
+    }
+
+    /// The rows of a statement that carries many calls; nothing if it was in others' way, so that
+    /// each call is better made by itself.
+    pub(super) async fn together(
+        &mut self,
+        query: Query<'_, Postgres, PgArguments>,
+    ) -> Result<Option<Vec<PgRow>>, sqlx::Error> {
+        mark!("postgres.leased.together.before");
+        let rows = query.persistent(self.prepares).fetch_all(&mut *self.connection).await;
+        mark!("postgres.leased.together.answered");
+        match rows {
+            Err(error) if is_conflict(&error) => Ok(None),
+            rows => rows.map(Some),
+        }
+    }
+
     /// The row of a statement that has one at the most.
     pub(super) async fn row(
         &mut self,
@@ -95,68 +125,215 @@ impl Session<'_> {
     }
 }
 
+/// What time it is for a statement, taken once: a row of one column, `ms`.
+macro_rules! now {
+    () => {
+        "(SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms OFFSET 0) AS now"
+    };
+}
+
+/// The columns of a fresh record.
+macro_rules! columns {
+    () => {
+        "key, scope, operation, operation_id, state, scheme, fingerprint, token, attempt, \
+         lease_end, valid_until, kept_until, created, checkpoint, format, flags, payload"
+    };
+}
+
+/// What a completion sets.
+macro_rules! completed {
+    () => {
+        "state = 3, lease_end = ms, \
+         valid_until = CASE WHEN r.flags & 2 = 2 THEN r.valid_until \
+                            ELSE ms + least(a.ttl, 9223372036854775807 - ms) END, \
+         kept_until = CASE WHEN r.flags & 2 = 2 THEN r.kept_until \
+                           ELSE ms + least(a.ttl, 9223372036854775807 - ms) END, \
+         format = a.format, flags = r.flags | a.flags, payload = a.payload"
+    };
+}
+
+/// On which record.
+macro_rules! is_held {
+    () => {
+        "r.key = a.key AND r.format <= a.format AND r.kept_until > ms AND r.state = 1 \
+         AND r.token = a.token"
+    };
+}
+
 impl Call for Claim {
     type Answer = Claimed;
 
     async fn once(&self, session: &mut Session<'_>) -> Result<Option<Claimed>, Fault> {
-        let query = sqlx::query(
-            "WITH asked AS MATERIALIZED (
-                 SELECT ms, $1::bytea AS key, $2::bytea AS scope, $3::text AS operation,
-                        $4::bytea AS operation_id, $5::text AS scheme, $6::bytea AS fingerprint,
-                        $7::bytea AS token,
-                        ms + least($8::bigint, 9223372036854775807 - ms) AS lease_end,
-                        ms + least($9::bigint, 9223372036854775807 - ms) AS ttl_end,
-                        $10::boolean AS issued_only, $11::boolean AS reruns, $12::integer AS format
-                 FROM (SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms)
-                      AS now
-             ), seen AS MATERIALIZED (
-                 SELECT r.* FROM asked JOIN idem_records AS r ON r.key = asked.key
-             ), made AS (
-                 INSERT INTO idem_records (
-                     key, scope, operation, operation_id, state, scheme, fingerprint, token,
-                     attempt, lease_end, valid_until, kept_until, created, checkpoint, format,
-                     flags, payload)
-                 SELECT key, scope, operation, operation_id, 1, scheme, fingerprint, token,
-                        1, lease_end, greatest(ttl_end, lease_end), greatest(ttl_end, lease_end),
-                        ms, 0, format, 0, ''
-                 FROM asked
-                 WHERE NOT issued_only AND NOT EXISTS (SELECT FROM seen)
-                 ON CONFLICT (key) DO NOTHING
-                 RETURNING *
-             )
-             SELECT granted, (SELECT ms FROM asked) AS ms, key, scope, operation, operation_id,
-                    state, scheme, fingerprint, token, attempt, lease_end, valid_until, kept_until,
-                    created, format, flags, payload
-             FROM (SELECT true AS granted, * FROM made
-                   UNION ALL SELECT false, * FROM seen) AS r",
-        );
-        let query = self.bind_to(query);
-        let Some(row) = session.row(query).await? else {
-            // Nothing was there. What a claim that may make a record met nevertheless is younger
-            // than its snapshot.
-            return Ok(self.issued_only.then_some(Claimed::Unknown));
-        };
-        let (now, record) = (now(&row)?, decode(&row)?);
-        if row.try_get("granted")? {
-            return Ok(Some(Claimed::Granted(record.record(now))));
-        }
-        let Some(row) = found(Some(&record), self.format, now)? else {
-            // The record is over, and makes room for a fresh one.
-            return match self.issued_only {
-                true => Ok(Some(Claimed::Unknown)),
-                false => self.take(session).await,
+        if self.issued_only {
+            let Some(row) = session.row(read(&self.key)).await? else {
+                return Ok(Some(Claimed::Unknown));
             };
-        };
-        let record = row.record(now);
-        let asked = self.asked(record.fingerprint == self.fingerprint);
-        if !row.is_held_by(self.token) && decide(record.seen(), asked) != Decision::Run {
-            return Ok(Some(Claimed::Found(record)));
+            return match self.judge(&row)? {
+                Some(claimed) => Ok(Some(claimed)),
+                None => self.take(session).await,
+            };
         }
-        self.take(session).await
+        let query = sqlx::query(concat!(
+            "WITH made AS (
+                 INSERT INTO idem_records (",
+            columns!(),
+            ")
+                 SELECT $1, $2, $3, $4, 1, $5, $6, $7, 1, lease_end,
+                        greatest(ttl_end, lease_end), greatest(ttl_end, lease_end), ms, 0, $10, 0,
+                        ''
+                 FROM (SELECT ms, ms + least($8::bigint, 9223372036854775807 - ms) AS lease_end,
+                              ms + least($9::bigint, 9223372036854775807 - ms) AS ttl_end
+                       FROM ",
+            now!(),
+            ") AS asked
+                 ON CONFLICT (key) DO NOTHING
+                 RETURNING key
+             )
+             SELECT true AS granted, NULL::bigint AS ms, key, NULL::bytea AS scope,
+                    NULL::text AS operation, NULL::bytea AS operation_id, NULL::smallint AS state,
+                    NULL::text AS scheme, NULL::bytea AS fingerprint, NULL::bytea AS token,
+                    NULL::integer AS attempt, NULL::bigint AS lease_end,
+                    NULL::bigint AS valid_until, NULL::bigint AS kept_until,
+                    NULL::bigint AS created, NULL::integer AS format, NULL::integer AS flags,
+                    NULL::bytea AS payload
+             FROM made
+             UNION ALL
+             SELECT false, ms, key, scope, operation, operation_id, state, scheme, fingerprint,
+                    token, attempt, lease_end, valid_until, kept_until, created, format, flags,
+                    payload
+             FROM idem_records, ",
+            now!(),
+            " WHERE key = $1"
+        ))
+        .bind(self.key.as_bytes())
+        .bind(self.scope.as_bytes())
+        .bind(&*self.operation)
+        .bind(self.operation_id.as_bytes())
+        .bind(&*self.fingerprint.scheme)
+        .bind(self.fingerprint.digest)
+        .bind(self.token.as_bytes())
+        .bind(span(Ttl::For(self.lease)))
+        .bind(span(self.ttl))
+        .bind(i32::from(self.format));
+        // What it met nevertheless, if nothing was there, is younger than its snapshot.
+        let Some(row) = session.row(query).await? else { return Ok(None) };
+        if row.try_get("granted")? {
+            return Ok(Some(self.made()));
+        }
+        match self.judge(&row)? {
+            Some(claimed) => Ok(Some(claimed)),
+            None => self.take(session).await,
+        }
     }
 }
 
+impl Call for [Claim] {
+    /// Nothing for a claim that is to be made by itself: its key's record is free to be taken, was
+    /// made in the same moment, or cannot be read.
+    type Answer = Vec<Option<Claimed>>;
+
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Vec<Option<Claimed>>>, Fault> {
+        let may_make: Vec<&Claim> = self.iter().filter(|claim| !claim.issued_only).collect();
+        let query = sqlx::query(concat!(
+            "WITH made AS (
+                 INSERT INTO idem_records (",
+            columns!(),
+            ")
+                 SELECT key, scope, operation, operation_id, 1, scheme, fingerprint, token, 1,
+                        lease_end, greatest(ttl_end, lease_end), greatest(ttl_end, lease_end), ms,
+                        0, format, 0, ''
+                 FROM (SELECT *, ms + least(lease, 9223372036854775807 - ms) AS lease_end,
+                              ms + least(ttl, 9223372036854775807 - ms) AS ttl_end
+                       FROM unnest(
+                           $1::bytea[], $2::bytea[], $3::text[], $4::bytea[], $5::text[],
+                           $6::bytea[], $7::bytea[], $8::bigint[], $9::bigint[], $10::integer[])
+                           AS claim (key, scope, operation, operation_id, scheme, fingerprint,
+                                     token, lease, ttl, format), ",
+            now!(),
+            ") AS asked
+                 ORDER BY key
+                 ON CONFLICT (key) DO NOTHING
+                 RETURNING key
+             )
+             SELECT string_agg(key, '') AS keys FROM made"
+        ))
+        .bind(each(may_make.iter().copied(), |claim| &claim.key.as_bytes()[..]))
+        .bind(each(may_make.iter().copied(), |claim| &claim.scope.as_bytes()[..]))
+        .bind(each(may_make.iter().copied(), |claim| &*claim.operation))
+        .bind(each(may_make.iter().copied(), |claim| &claim.operation_id.as_bytes()[..]))
+        .bind(each(may_make.iter().copied(), |claim| &*claim.fingerprint.scheme))
+        .bind(each(may_make.iter().copied(), |claim| &claim.fingerprint.digest[..]))
+        .bind(each(may_make.iter().copied(), |claim| &claim.token.as_bytes()[..]))
+        .bind(each(may_make.iter().copied(), |claim| span(Ttl::For(claim.lease))))
+        .bind(each(may_make.iter().copied(), |claim| span(claim.ttl)))
+        .bind(each(may_make.iter().copied(), |claim| i32::from(claim.format)));
+        let Some(rows) = session.together(query).await? else {
+            return Ok(Some(self.iter().map(|_| None).collect()));
+        };
+        let made = keys(&rows)?;
+        let there: Vec<_> = self.iter().filter(|claim| !made.contains(&claim.key)).collect();
+        let mut found = HashMap::with_capacity(there.len());
+        if !there.is_empty() {
+            let query = sqlx::query(concat!(
+                "SELECT ms, key, scope, operation, operation_id, state, scheme, fingerprint, token,
+                        attempt, lease_end, valid_until, kept_until, created, format, flags, payload
+                 FROM unnest($1::bytea[]) AS asked (key) JOIN idem_records AS r USING (key), ",
+                now!()
+            ))
+            .bind(each(there.iter().copied(), |claim| &claim.key.as_bytes()[..]));
+            for row in session.together(query).await?.unwrap_or_default() {
+                found.insert(Key::from_bytes(bytes(&row, "key")?), row);
+            }
+        }
+        let answer = |claim: &Claim| match found.get(&claim.key) {
+            _ if made.contains(&claim.key) => Some(claim.made()),
+            // A record that cannot be read is the affair of its own claim.
+            Some(row) => claim.judge(row).unwrap_or_default(),
+            None => claim.issued_only.then_some(Claimed::Unknown),
+        };
+        Ok(Some(self.iter().map(answer).collect()))
+    }
+}
+
+/// The keys that a statement carrying many calls names in its one row.
+fn keys(rows: &[PgRow]) -> Result<HashSet<Key>, Fault> {
+    let mut keys = HashSet::new();
+    for row in rows {
+        let named: Option<&[u8]> = row.try_get("keys")?;
+        keys.extend(named.unwrap_or_default().as_chunks().0.iter().copied().map(Key::from_bytes));
+    }
+    Ok(keys)
+}
+
+/// A column of many calls.
+fn each<'c, C: 'c, T>(
+    calls: impl IntoIterator<Item = &'c C>,
+    column: impl Fn(&'c C) -> T,
+) -> Vec<T> {
+    calls.into_iter().map(column).collect()
+}
+
 impl Claim {
+    /// The answer where it has made a record: a fresh one, from an instant of its own.
+    fn made(&self) -> Claimed {
+        Claimed::Granted(Row::fresh(self, 0).record(0))
+    }
+
+    /// The answer that a record gives which is there; nothing if it is free to be taken.
+    fn judge(&self, row: &PgRow) -> Result<Option<Claimed>, Fault> {
+        let (now, row) = (now(row)?, decode(row)?);
+        let Some(row) = found(Some(&row), self.format, now)? else {
+            // It is over, and makes room for a fresh one.
+            return Ok(self.issued_only.then_some(Claimed::Unknown));
+        };
+        let record = row.record(now);
+        let asked = self.asked(record.fingerprint == self.fingerprint);
+        if row.is_held_by(self.token) || decide(record.seen(), asked) == Decision::Run {
+            return Ok(None);
+        }
+        Ok(Some(Claimed::Found(record)))
+    }
+
     /// Claims a record that is there, unless somebody was faster: it decides by itself, whatever was
     /// seen before.
     async fn take(&self, session: &mut Session<'_>) -> Result<Option<Claimed>, Fault> {
@@ -220,15 +397,7 @@ impl Claim {
                        r.fingerprint, r.token, r.attempt, r.lease_end, r.valid_until, r.kept_until,
                        r.created, r.format, r.flags, r.payload",
         );
-        let Some(row) = session.row(self.bind_to(query)).await? else { return Ok(None) };
-        Ok(Some(Claimed::Granted(decode(&row)?.record(now(&row)?))))
-    }
-
-    fn bind_to<'q>(
-        &'q self,
-        query: Query<'q, Postgres, PgArguments>,
-    ) -> Query<'q, Postgres, PgArguments> {
-        query
+        let query = query
             .bind(self.key.as_bytes())
             .bind(self.scope.as_bytes())
             .bind(&*self.operation)
@@ -240,7 +409,9 @@ impl Claim {
             .bind(span(self.ttl))
             .bind(self.issued_only)
             .bind(self.on_unknown == OnUnknown::Rerun)
-            .bind(i32::from(self.format))
+            .bind(i32::from(self.format));
+        let Some(row) = session.row(query).await? else { return Ok(None) };
+        Ok(Some(Claimed::Granted(decode(&row)?.record(now(&row)?))))
     }
 }
 
@@ -363,40 +534,57 @@ impl Call for Completion {
     type Answer = Written;
 
     async fn once(&self, session: &mut Session<'_>) -> Result<Option<Written>, Fault> {
-        let query = sqlx::query(
-            "WITH asked AS MATERIALIZED (
-                 SELECT ms, $1::bytea AS key, $2::bytea AS token,
-                        ms + least($3::bigint, 9223372036854775807 - ms) AS ttl_end,
-                        $4::integer AS flags, $5::bytea AS payload, $6::integer AS format
-                 FROM (SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms)
-                      AS now
-             ), done AS (
-                 UPDATE idem_records AS r
-                 SET state = 3, lease_end = a.ms,
-                     valid_until = CASE WHEN r.flags & 2 = 2 THEN r.valid_until ELSE a.ttl_end END,
-                     kept_until = CASE WHEN r.flags & 2 = 2 THEN r.kept_until ELSE a.ttl_end END,
-                     format = a.format, flags = r.flags | a.flags, payload = a.payload
-                 FROM asked AS a
-                 WHERE r.key = a.key AND r.format <= a.format AND r.kept_until > a.ms
-                   AND r.state = 1 AND r.token = a.token
-                 RETURNING r.key
-             )
-             SELECT EXISTS (SELECT FROM done) AS done, asked.ms, r.key, r.scope, r.operation,
-                    r.operation_id, r.state, r.scheme, r.fingerprint, r.token, r.attempt,
-                    r.lease_end, r.valid_until, r.kept_until, r.created, r.format, r.flags,
-                    r.payload
-             FROM asked LEFT JOIN idem_records AS r
-                        ON r.key = asked.key AND NOT EXISTS (SELECT FROM done)",
-        )
+        let query = sqlx::query(concat!(
+            "UPDATE idem_records AS r SET ",
+            completed!(),
+            " FROM (SELECT $1::bytea AS key, $2::bytea AS token, $3::bigint AS ttl,
+                           $4::integer AS flags, $5::bytea AS payload, $6::integer AS format) AS a, ",
+            now!(),
+            " WHERE ",
+            is_held!()
+        ))
         .bind(self.key.as_bytes())
         .bind(self.token.as_bytes())
         .bind(span(self.ttl))
         .bind(i32::from(self.flags.bits()))
         .bind(&self.payload[..])
         .bind(i32::from(self.format));
+        if session.changes(query).await? > 0 {
+            return Ok(Some(Written::Done));
+        }
+        let Some(row) = session.row(read(&self.key)).await? else {
+            return Ok(Some(Written::Gone));
+        };
         let already = |row: &Row| row.state == State::Completed && row.token == self.token;
-        let held = |row: &Row| row.is_held_by(self.token);
-        written(session.row(query).await?, self.format, already, held)
+        refused(&row, self.format, already, |row| row.is_held_by(self.token))
+    }
+}
+
+impl Call for [Completion] {
+    /// Nothing for a completion that is to be made by itself, since its claim is not held.
+    type Answer = Vec<Option<Written>>;
+
+    async fn once(&self, session: &mut Session<'_>) -> Result<Option<Vec<Option<Written>>>, Fault> {
+        let query = sqlx::query(concat!(
+            "WITH done AS (UPDATE idem_records AS r SET ",
+            completed!(),
+            " FROM unnest($1::bytea[], $2::bytea[], $3::bigint[], $4::integer[], $5::bytea[],
+                          $6::integer[]) AS a (key, token, ttl, flags, payload, format), ",
+            now!(),
+            " WHERE ",
+            is_held!(),
+            " RETURNING r.key) SELECT string_agg(key, '') AS keys FROM done"
+        ))
+        .bind(each(self, |completion| &completion.key.as_bytes()[..]))
+        .bind(each(self, |completion| &completion.token.as_bytes()[..]))
+        .bind(each(self, |completion| span(completion.ttl)))
+        .bind(each(self, |completion| i32::from(completion.flags.bits())))
+        .bind(each(self, |completion| &completion.payload[..]))
+        .bind(each(self, |completion| i32::from(completion.format)));
+        let done = keys(&session.together(query).await?.unwrap_or_default())?;
+        let answer =
+            |completion: &Completion| done.contains(&completion.key).then_some(Written::Done);
+        Ok(Some(self.iter().map(answer).collect()))
     }
 }
 
@@ -542,16 +730,20 @@ impl Call for Key {
     type Answer = Option<Record>;
 
     async fn once(&self, session: &mut Session<'_>) -> Result<Option<Option<Record>>, Fault> {
-        let query = sqlx::query(
-            "SELECT ms, key, scope, operation, operation_id, state, scheme, fingerprint, token,
-                    attempt, lease_end, valid_until, kept_until, created, format, flags, payload
-             FROM idem_records,
-                  (SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint AS ms) AS now
-             WHERE key = $1",
-        )
-        .bind(self.as_bytes());
-        record_of(session.row(query).await?).map(Some)
+        record_of(session.row(read(self)).await?).map(Some)
     }
+}
+
+/// The row of a key.
+fn read(key: &Key) -> Query<'_, Postgres, PgArguments> {
+    sqlx::query(concat!(
+        "SELECT ms, key, scope, operation, operation_id, state, scheme, fingerprint, token,
+                attempt, lease_end, valid_until, kept_until, created, format, flags, payload
+         FROM idem_records, ",
+        now!(),
+        " WHERE key = $1"
+    ))
+    .bind(key.as_bytes())
 }
 
 /// To remove at most so many records that are over.
@@ -607,7 +799,17 @@ fn written(
     if row.try_get::<Option<&[u8]>, _>("key")?.is_none() {
         return Ok(Some(Written::Gone));
     }
-    let (now, row) = (now(&row)?, decode(&row)?);
+    refused(&row, format, already, held)
+}
+
+/// The answer that a row gives to what could not be written.
+fn refused(
+    row: &PgRow,
+    format: u16,
+    already: impl Fn(&Row) -> bool,
+    held: impl Fn(&Row) -> bool,
+) -> Result<Option<Written>, Fault> {
+    let (now, row) = (now(row)?, decode(row)?);
     Ok(match found(Some(&row), format, now)? {
         None => Some(Written::Gone),
         Some(row) if already(row) => Some(Written::Done),

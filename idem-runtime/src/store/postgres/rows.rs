@@ -40,6 +40,10 @@ pub(super) fn decode(row: &PgRow) -> Result<Row, Fault> {
 }
 
 fn fields(format: u16, row: &PgRow) -> Result<Row, sqlx::Error> {
+    let (valid_until, kept_until) = (row.try_get("valid_until")?, row.try_get("kept_until")?);
+    if valid_until > kept_until {
+        return Err(sqlx::Error::Decode("it is valid for longer than it is kept".into()));
+    }
     Ok(Row {
         key: Key::from_bytes(bytes(row, "key")?),
         scope: ScopeDigest::from_bytes(bytes(row, "scope")?),
@@ -53,8 +57,8 @@ fn fields(format: u16, row: &PgRow) -> Result<Row, sqlx::Error> {
         token: Token::from_bytes(bytes(row, "token")?),
         attempt: number(row, "attempt")?,
         lease_end: row.try_get("lease_end")?,
-        valid_until: row.try_get("valid_until")?,
-        kept_until: row.try_get("kept_until")?,
+        valid_until,
+        kept_until,
         created: row.try_get("created")?,
         format,
         flags: Flags::from_bits(number(row, "flags")?),

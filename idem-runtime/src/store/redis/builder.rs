@@ -186,13 +186,15 @@ impl RedisStoreBuilder {
     ///
     /// As for [`RedisStore::connect`].
     pub async fn over(self, connection: ConnectionManager) -> Result<RedisStore, StoreError> {
-        self.over_connection(Connection::Single(connection)).await
+        self.over_connection(Connection::single(connection)).await
     }
 
     /// Keeps the records through a connection of the application's to a cluster: see
     /// [`over`](Self::over).
     ///
-    /// It must not read from replicas.
+    /// It must not read from replicas. Nor can idem make it anew, as it does with one of its own
+    /// ([`cluster`](Self::cluster)) when the client is stuck: with redis 1.8, a failover while some
+    /// forty calls are under way can have that effect, and then every call times out from there on.
     ///
     /// # Errors
     ///
@@ -201,7 +203,7 @@ impl RedisStoreBuilder {
         self,
         connection: ClusterConnection,
     ) -> Result<RedisStore, StoreError> {
-        self.over_connection(Connection::Cluster(connection)).await
+        self.over_connection(Connection::over_cluster(connection)).await
     }
 
     async fn over_connection(self, connection: Connection) -> Result<RedisStore, StoreError> {
@@ -226,7 +228,7 @@ impl RedisStoreBuilder {
             .set_max_delay(self.timeout)
             .set_number_of_retries(3);
         let connected = ConnectionManager::new_with_config(client.clone(), config).await;
-        connected.map(Connection::Single).map_err(failure)
+        connected.map(Connection::single).map_err(failure)
     }
 
     async fn cluster_connection(
@@ -241,7 +243,9 @@ impl RedisStoreBuilder {
             .tcp_settings(self.tcp_settings())
             .build()
             .map_err(failure)?;
-        client.get_async_connection().await.map(Connection::Cluster).map_err(failure)
+        // A silent node is waited for twice: among those that are named, and among those found.
+        let time = self.timeout.saturating_add(timeout).saturating_mul(2);
+        Connection::cluster(client, time).await
     }
 
     async fn finish(
@@ -268,7 +272,6 @@ impl RedisStoreBuilder {
             notes: self.notes,
             max_bytes: limits.min().unwrap_or(LARGEST_VALUE),
             swept: Mutex::default(),
-            noticed: Mutex::default(),
         })))
     }
 

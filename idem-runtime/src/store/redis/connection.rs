@@ -1,25 +1,70 @@
 //! The way to the servers: connections, time-outs, and what an error means.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use redis::{
     Cmd, ErrorKind, FromRedisValue as _, InfoDict, Pipeline, RedisError, RedisResult,
     ServerErrorKind, Value,
     aio::ConnectionManager,
+    cluster::ClusterClient,
     cluster_async::ClusterConnection,
     cluster_routing::{
         MultipleNodeRoutingInfo, Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr,
     },
 };
+use tokio::runtime::Handle;
 
 use super::{NAME, script::Step};
 use crate::store::{StoreError, StoreErrorKind};
 
+/// How often the servers are looked up because one of them is silent or no longer a master: in a
+/// cluster with a silent node, other calls wait for that for as long as its time-out.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
 /// A connection that many calls share and that restores itself.
 #[derive(Clone)]
-pub(super) enum Connection {
+pub(super) struct Connection {
+    way: Way,
+    /// Where the client's tasks run, those of a connection that is made anew too: whoever notices
+    /// that it must be may call from a runtime that soon ends.
+    runtime: Handle,
+    /// When the servers were last looked up because one of them was silent or no longer a master.
+    /// Whoever does it holds the lock.
+    looked: Arc<tokio::sync::Mutex<Option<Instant>>>,
+}
+
+#[derive(Clone)]
+enum Way {
     Single(ConnectionManager),
-    Cluster(ClusterConnection),
+    Cluster(Cluster),
+}
+
+/// A connection to a cluster.
+#[derive(Clone)]
+struct Cluster {
+    current: Arc<Mutex<ClusterConnection>>,
+    /// What makes another one, and how long that may take; nothing does where the connection is
+    /// the application's.
+    client: Option<(Arc<ClusterClient>, Duration)>,
+}
+
+impl Cluster {
+    fn get(&self) -> ClusterConnection {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the connection for all that share it. The old one is closed when the last call that
+    /// was sent on it has ended.
+    async fn connect_again(&self) -> Result<(), StoreError> {
+        let Some((client, time)) = &self.client else { return Ok(()) };
+        let connection = within(*time, client.get_async_connection()).await?;
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection;
+        Ok(())
+    }
 }
 
 /// A server that holds records.
@@ -51,11 +96,33 @@ impl Node {
 }
 
 impl Connection {
+    fn new(way: Way) -> Self {
+        Self { way, runtime: Handle::current(), looked: Arc::default() }
+    }
+
+    pub(super) fn single(connection: ConnectionManager) -> Self {
+        Self::new(Way::Single(connection))
+    }
+
+    /// Connects to a cluster, in this time, and again whenever it must be.
+    pub(super) async fn cluster(client: ClusterClient, time: Duration) -> Result<Self, StoreError> {
+        let connection = within(time, client.get_async_connection()).await?;
+        let current = Arc::new(Mutex::new(connection));
+        Ok(Self::new(Way::Cluster(Cluster { current, client: Some((Arc::new(client), time)) })))
+    }
+
+    pub(super) fn over_cluster(connection: ClusterConnection) -> Self {
+        let current = Arc::new(Mutex::new(connection));
+        Self::new(Way::Cluster(Cluster { current, client: None }))
+    }
+
     /// Sends a command to where it belongs.
     pub(super) async fn send(&self, command: &Cmd) -> RedisResult<Value> {
-        match self {
-            Self::Single(connection) => command.query_async(&mut connection.clone()).await,
-            Self::Cluster(connection) => command.query_async(&mut connection.clone()).await,
+        match &self.way {
+            Way::Single(connection) => {
+                connection.clone().send_packed_command(command).await?.extract_error()
+            }
+            Way::Cluster(cluster) => command.query_async(&mut cluster.get()).await,
         }
     }
 
@@ -86,14 +153,12 @@ impl Connection {
     async fn send_both(&self, name: &str, first: Cmd, then: &Cmd) -> RedisResult<[Value; 2]> {
         let mut both = Pipeline::with_capacity(2);
         both.add_command(first).add_command(then.clone());
-        let answers = match self {
-            Self::Single(connection) => {
-                connection.clone().send_packed_commands(&both, 0, 2).await?
-            }
-            Self::Cluster(connection) => {
+        let answers = match &self.way {
+            Way::Single(connection) => connection.clone().send_packed_commands(&both, 0, 2).await?,
+            Way::Cluster(cluster) => {
                 let route = Route::with_key(name, SlotAddr::Master);
                 let node = SingleNodeRoutingInfo::SpecificNode(route);
-                connection.clone().route_pipeline(both, 0, 2, node).await?
+                cluster.get().route_pipeline(both, 0, 2, node).await?
             }
         };
         let answers = answers.into_iter().map(Value::extract_error);
@@ -101,30 +166,64 @@ impl Connection {
         answers.try_into().map_err(|_| unexpected())
     }
 
-    /// Has the client look up again where the servers are.
+    /// Sees to it that a server which is silent or no longer a master is not asked for ever, where
+    /// an error about the record of this name says that there is one: one look-up at a time,
+    /// however many calls meet it.
+    pub(super) fn notice(&self, error: &StoreError, name: &str, time: Duration) {
+        let is_to_look = match self.way {
+            Way::Single(_) => is_read_only(error),
+            Way::Cluster(_) => error.kind() == StoreErrorKind::TimedOut,
+        };
+        if !is_to_look {
+            return;
+        }
+        let Ok(mut looked) = Arc::clone(&self.looked).try_lock_owned() else { return };
+        if looked.is_some_and(|when| when.elapsed() < LOOK_INTERVAL) {
+            return;
+        }
+        *looked = Some(Instant::now());
+        let (connection, name) = (self.clone(), name.to_owned());
+        self.runtime.spawn(async move {
+            // The next call that meets this sees to it again.
+            drop(connection.look_again(&name, time).await);
+            drop(looked);
+        });
+    }
+
+    /// Has the client look up again where the servers are, and wait no longer than this for one.
     ///
     /// Of a cluster it does so when a node says that a key is not its own, or is gone; one that is
     /// there and silent, whose replica was promoted meanwhile, it would ask for ever. So some other
     /// node is asked for a key that is hardly its own. A single server's address is looked up at
     /// each new connection; one that became a replica without closing those that it had is asked to
     /// close ours.
-    pub(super) async fn look_again(&self, key: &str) -> RedisResult<()> {
-        let Self::Cluster(connection) = self else {
-            return self.send(&command("QUIT")).await.map(drop);
+    ///
+    /// If no answer comes from the cluster then either, the client itself may be stuck. All calls
+    /// are one task in redis 1.8, and tokio interrupts a task that does much at once. That can be
+    /// when a call has just got the client's lock; if another one learns at the same time that its
+    /// slot has moved, the client goes on with nothing but looking up the slots, and waits for that
+    /// lock for ever. Some forty calls under way at a failover are enough. A new connection knows
+    /// nothing of it.
+    async fn look_again(&self, key: &str, time: Duration) -> Result<(), StoreError> {
+        let Way::Cluster(cluster) = &self.way else {
+            return within(time, self.send(&command("QUIT"))).await.map(drop);
         };
         let mut exists = command("EXISTS");
         exists.arg(key);
         let route = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
-        connection.clone().route_command(exists, route).await.map(drop)
+        match within(time, cluster.get().route_command(exists, route)).await {
+            Err(error) if error.kind() == StoreErrorKind::TimedOut => cluster.connect_again().await,
+            answer => answer.map(drop),
+        }
     }
 
     /// Sends a command to one server.
     pub(super) async fn send_to(&self, node: &Node, command: Cmd) -> RedisResult<Value> {
-        match (self, node) {
-            (Self::Cluster(connection), Node::Of { host, port }) => {
+        match (&self.way, node) {
+            (Way::Cluster(cluster), Node::Of { host, port }) => {
                 let node = SingleNodeRoutingInfo::ByAddress { host: (**host).into(), port: *port };
                 let route = RoutingInfo::SingleNode(node);
-                connection.clone().route_command(command, route).await?.extract_error()
+                cluster.get().route_command(command, route).await?.extract_error()
             }
             _ => self.send(&command).await,
         }
@@ -149,11 +248,11 @@ impl Connection {
         &self,
         to_each: Cmd,
     ) -> RedisResult<(Vec<(Node, RedisResult<Value>)>, usize)> {
-        let Self::Cluster(connection) = self else {
+        let Way::Cluster(cluster) = &self.way else {
             return Ok((vec![(Node::Single, self.send(&to_each).await)], 1));
         };
         let route = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
-        let answer = connection.clone().route_command(to_each, route).await?;
+        let answer = cluster.get().route_command(to_each, route).await?;
         let answers = answer.into_map_iter().map_err(|_| unexpected())?;
         let answers = answers.map(|(name, answer)| {
             let name: String = redis::from_redis_value(name)?;
@@ -163,14 +262,14 @@ impl Connection {
         let mut info = command("CLUSTER");
         info.arg("INFO");
         let route = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
-        let info = connection.clone().route_command(info, route).await?.extract_error()?;
+        let info = cluster.get().route_command(info, route).await?.extract_error()?;
         let masters = InfoDict::from_redis_value(info)?.get("cluster_size");
         Ok((answers, masters.ok_or_else(unexpected)?))
     }
 
     /// Whether all servers are one.
     pub(super) const fn is_single(&self) -> bool {
-        matches!(self, Self::Single(_))
+        matches!(self.way, Way::Single(_))
     }
 }
 
@@ -183,6 +282,14 @@ pub(super) fn command(name: &str) -> Cmd {
 
 fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
+}
+
+/// Whether the server answered that it is a replica.
+fn is_read_only(error: &StoreError) -> bool {
+    let error = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    error.is_some_and(|error: &RedisError| {
+        error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
+    })
 }
 
 pub(super) fn unexpected() -> RedisError {

@@ -1,0 +1,282 @@
+//! How many instructions a request takes, counted by callgrind.
+//!
+//! A request goes through hyper's HTTP/1 connection over a pipe in memory, on a runtime of one
+//! thread: no kernel, no clock that matters, and a count that repeats. Each variant is run twice
+//! under valgrind, with few and with many requests; what the many took more, divided by how many
+//! more they were, is the cost of one. The client's side, which is small and the same for all, is
+//! part of it.
+//!
+//! SHA-256 is counted apart. Valgrind hides the processor's SHA instructions, so under it the digest
+//! runs in software and costs some thirty times what it costs outside.
+//!
+//! `--check` compares the counts with those in `instructions.json` and fails where one is more than
+//! two per cent larger; `--accept` writes that file.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    env,
+    error::Error,
+    fs,
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use axum::{Json, Router, http::StatusCode, routing::post};
+use bench::{
+    machine::package,
+    order::{Order, REQUEST, Receipt},
+    report::{
+        At, Goal, Report,
+        figure::{DIGEST, INSTRUCTIONS},
+    },
+    statistics::Bound,
+};
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
+use idem_runtime::{Idempotency, Scope, idempotent, store::MemoryStore};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+type Failure = Box<dyn Error>;
+
+const FEW: usize = 200;
+const MANY: usize = 1_200;
+/// What a count may be larger than the one that was accepted.
+const TOLERANCE: f64 = 0.02;
+/// The variants, and whether each request has a key of its own.
+const VARIANTS: [(&str, bool); 4] =
+    [("bare axum", true), ("first request", true), ("replay", false), ("conflict", false)];
+
+async fn bare(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>) {
+    (StatusCode::CREATED, Json(order.take(7)))
+}
+
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn guarded(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>) {
+    (StatusCode::CREATED, Json(order.take(7)))
+}
+
+/// Never answers: whoever comes second finds it running.
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn endless(Json(_): Json<Order>) -> (StatusCode, Json<Receipt>) {
+    std::future::pending().await
+}
+
+fn router(variant: &str) -> Router {
+    let engine =
+        || Idempotency::builder(MemoryStore::new()).scope(Scope::header("X-API-Key")).build();
+    match variant {
+        "bare axum" => Router::new().route("/orders", post(bare)),
+        "conflict" => Router::new().route("/orders", post(endless)).with_state(engine()),
+        _ => Router::new().route("/orders", post(guarded)).with_state(engine()),
+    }
+}
+
+fn request(key: usize) -> Vec<u8> {
+    format!(
+        "POST /orders HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nx-api-key: tenant-1\r\nidempotency-key: {key:036}\r\n\r\n{REQUEST}",
+        REQUEST.len()
+    )
+    .into_bytes()
+}
+
+fn connect(app: &Router) -> DuplexStream {
+    let (client, server) = duplex(64 * 1024);
+    let service = TowerToHyperService::new(app.clone());
+    tokio::spawn(async move {
+        let connection = hyper::server::conn::http1::Builder::new();
+        // It ends with its client.
+        let _ = connection.serve_connection(TokioIo::new(server), service).await;
+    });
+    client
+}
+
+/// Sends requests one after the other, and stops at an answer that is not the expected one.
+async fn send(variant: &str, own_keys: bool, requests: usize) -> Result<(), Failure> {
+    let app = router(variant);
+    let (mut client, mut owner) = (connect(&app), connect(&app));
+    if variant == "conflict" {
+        owner.write_all(&request(0)).await?;
+        tokio::task::yield_now().await;
+    }
+    let (status, replays): (&[u8], _) = match variant {
+        "conflict" => (b"HTTP/1.1 409", false),
+        "replay" => (b"HTTP/1.1 201", true),
+        _ => (b"HTTP/1.1 201", false),
+    };
+    // The client does as little as it can: it counts too.
+    let (mut buffer, mut asked) = (vec![0; 64 * 1024], request(0));
+    let head_end = asked.len() - REQUEST.len();
+    let digits = head_end - 12..head_end - 4;
+    for number in 0..requests {
+        let mut key = if own_keys { number } else { 0 };
+        for digit in asked[digits.clone()].iter_mut().rev() {
+            *digit = b'0' + (key % 10) as u8;
+            key /= 10;
+        }
+        client.write_all(&asked).await?;
+        let read = client.read(&mut buffer).await?;
+        let answer = &buffer[..read];
+        let is_looked_at = number < 2 || number + 1 == requests;
+        let is_wrong = !answer.starts_with(status)
+            || is_looked_at && is_replay(answer) != (replays && number > 0);
+        if is_wrong {
+            let answer = String::from_utf8_lossy(answer);
+            return Err(format!("{variant}, request {number}: {answer}").into());
+        }
+    }
+    Ok(())
+}
+
+fn is_replay(answer: &[u8]) -> bool {
+    String::from_utf8_lossy(answer).contains("idempotent-replayed: true")
+}
+
+/// The instructions of a whole run, and those of SHA-256 in it.
+#[derive(Clone, Copy)]
+struct Count {
+    all: u64,
+    digest: u64,
+}
+
+fn count(variant: &str, requests: usize, directory: &Path) -> Result<Count, Failure> {
+    let out = directory.join("callgrind.out");
+    let output = Command::new("valgrind")
+        .arg("--tool=callgrind")
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(env::current_exe()?)
+        .args(["run", variant, &requests.to_string()])
+        .output()
+        .map_err(|error| format!("valgrind, which `bench/run` installs: {error}"))?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into());
+    }
+    read_count(&fs::read_to_string(out)?)
+}
+
+/// Reads callgrind's own format: <https://valgrind.org/docs/manual/cl-format.html>. What a function
+/// costs itself stands on lines of its own; the line after `calls=` is what its callee cost.
+fn read_count(text: &str) -> Result<Count, Failure> {
+    let (mut names, mut in_digest, mut is_callees) = (HashMap::new(), false, false);
+    let mut counted = Count { all: 0, digest: 0 };
+    for line in text.lines() {
+        if let Some(named) = line.strip_prefix("fn=") {
+            // A name is said once, with a number, and then by that.
+            let (number, name) = named.split_once(' ').unwrap_or((named, ""));
+            let is_digest = *names
+                .entry(number.to_owned())
+                .or_insert_with(|| name.contains("sha2::") || name.contains("sha256"));
+            in_digest = is_digest;
+        } else if let Some(named) = line.strip_prefix("cfn=") {
+            if let Some((number, name)) = named.split_once(' ') {
+                let is_digest = name.contains("sha2::") || name.contains("sha256");
+                names.entry(number.to_owned()).or_insert(is_digest);
+            }
+        } else if line.starts_with("calls=") {
+            is_callees = true;
+        } else if line.starts_with(|first: char| first.is_ascii_digit() || "+-*".contains(first)) {
+            if std::mem::take(&mut is_callees) {
+                continue;
+            }
+            let cost: u64 = line.split(' ').nth(1).ok_or("a line without a cost")?.parse()?;
+            counted.all += cost;
+            counted.digest += if in_digest { cost } else { 0 };
+        }
+    }
+    if counted.all == 0 {
+        return Err("callgrind has counted nothing".into());
+    }
+    Ok(counted)
+}
+
+/// Instructions a request, without SHA-256, and of SHA-256.
+fn measure(variant: &str, directory: &Path) -> Result<(f64, f64), Failure> {
+    let (few, many) = (count(variant, FEW, directory)?, count(variant, MANY, directory)?);
+    let a_request = |of: fn(Count) -> u64| (of(many) - of(few)) as f64 / (MANY - FEW) as f64;
+    Ok((a_request(|count| count.all - count.digest), a_request(|count| count.digest)))
+}
+
+fn main() -> Result<ExitCode, Failure> {
+    let words: Vec<_> = env::args().skip(1).collect();
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    let (check, accept) = match words[..] {
+        ["run", variant, requests] => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+            let own_keys = VARIANTS.iter().any(|known| *known == (variant, true));
+            runtime.block_on(send(variant, own_keys, requests.parse()?))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        [] => (false, false),
+        ["--check"] => (true, false),
+        ["--accept"] => (false, true),
+        _ => return Err("only --check or --accept can be said".into()),
+    };
+    let directory = tempfile::tempdir()?;
+    let title = "Instructions a request, in memory";
+    let mut report = Report::new("instructions", title, "bench/run instructions");
+    let mut counts = BTreeMap::new();
+    for (variant, _) in VARIANTS {
+        let (all, digest) = measure(variant, directory.path())?;
+        report.add(
+            &At::new("idem", variant, 1),
+            [(INSTRUCTIONS, all), ("of SHA-256, in software", digest)],
+        );
+        counts.insert(variant.to_owned(), all);
+    }
+    let bare = counts["bare axum"];
+    let difference = At::new("idem", "first request beyond bare axum", 1);
+    report.add(&difference, [(INSTRUCTIONS, counts["first request"] - bare)]);
+    report.judge(Goal {
+        what: "memory store, first request, instructions beyond bare axum".into(),
+        of: difference,
+        figure: INSTRUCTIONS,
+        reference: None,
+        bound: Bound::AtMost(6_000.0),
+    });
+    report.judge(Goal {
+        what: "replay, instructions against bare axum".into(),
+        of: At::new("idem", "replay", 1),
+        figure: INSTRUCTIONS,
+        reference: Some(At::new("idem", "bare axum", 1)),
+        bound: Bound::AtMost(0.45),
+    });
+    println!("{}", report.tables());
+    let accepted = package().join("instructions.json");
+    if accept {
+        fs::write(&accepted, serde_json::to_string_pretty(&counts)? + "\n")?;
+    }
+    if check {
+        return judge(&counts, &serde_json::from_str(&fs::read_to_string(&accepted)?)?);
+    }
+    for file in report.write(&[])? {
+        println!("{}", file.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Compares counts with those that were accepted. What counts is what idem adds: what axum, hyper and
+/// the compiler make of the rest may change with their versions.
+fn judge(
+    counts: &BTreeMap<String, f64>,
+    accepted: &BTreeMap<String, f64>,
+) -> Result<ExitCode, Failure> {
+    let mut is_good = true;
+    for (variant, count) in counts {
+        let before =
+            accepted.get(variant).ok_or_else(|| format!("{variant} was never accepted"))?;
+        let change = count / before - 1.0;
+        println!(
+            "{variant}: {count:.0}, {:+.1} % of the {before:.0} that were accepted",
+            100.0 * change
+        );
+        is_good &= change <= TOLERANCE || variant == "bare axum";
+    }
+    if is_good {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!(
+        "A request takes over {:.0} % more instructions than were accepted. Find out why; if it has \
+         to be so, `bench/run instructions --accept` accepts it.",
+        100.0 * TOLERANCE
+    );
+    Ok(ExitCode::FAILURE)
+}
