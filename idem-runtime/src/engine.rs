@@ -769,7 +769,6 @@ impl Leased {
                 LastCall::Complete(self.completion(Flags::NONE, payload, ttl))
             }
             End::Tombstone(payload, ttl) => {
-                mark!("leased.complete.before");
                 LastCall::Complete(self.completion(Flags::TOMBSTONE, payload, ttl))
             }
             End::Release => {

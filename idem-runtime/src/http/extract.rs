@@ -186,18 +186,21 @@ impl<R: IntoResponse> IntoResponse for Guarded<R> {
 
 /// Runs a handler whose anchors are all in the request: the claim comes before its last extractor,
 /// so that a replay parses nothing.
-pub async fn run<E, Source, R, F>(
+///
+/// Its future is in a box: a type that names the handler's own types would have the compiler tell
+/// their mistakes a second time.
+pub fn run<E, Source, R, F>(
     idem: Idem<E, Source>,
     policy: &'static Policy,
     body: F,
-) -> Guarded<R>
+) -> BoxFuture<'static, Guarded<R>>
 where
     E: Send + 'static,
     R: IntoResponse + 'static,
     F: FnOnce(E) -> BoxFuture<'static, R> + Send + 'static,
 {
     let (arrived, extract) = match idem.state {
-        Waiting::Detached(extractor) => return Guarded::Detached(body(extractor).await),
+        Waiting::Detached(extractor) => return body(extractor).map(Guarded::Detached).boxed(),
         Waiting::Request(arrived, extract) => (arrived, extract),
     };
     let (policy, state) = (arrived.shared().resolved(policy), arrived.state());
@@ -211,7 +214,7 @@ where
         }
         .boxed()
     });
-    Guarded::Response(serve(arrived, policy, runner).await)
+    serve(arrived, policy, runner).map(Guarded::Response).boxed()
 }
 
 /// A request whose last extractor was run, before its key is known.

@@ -129,38 +129,27 @@ async fn what_is_no_record_is_refused_and_kept() {
     let mut connection = Client::open(server.url()).expect("a URL").get_connection().expect("it");
     let sound = any_claim();
     store.claim(&sound).await.expect("an answer");
-    let mut get =
-        |claim: &Claim| -> Vec<u8> { connection.get(name(&prefix, &claim.key)).expect("a record") };
-    // What is as its first claim made it has spans; whatever a script has written, instants.
-    let spans = get(&sound);
-    let renewal = Renewal { key: sound.key, token: sound.token, lease: TTL };
-    assert_eq!(store.renew(&[renewal]).await.expect("an answer"), [true]);
-    let instants = get(&sound);
-    assert_eq!((spans[2], instants[2]), (5, 1), "running");
-    let damage = |record: &[u8], at: usize, byte: u8| {
-        let mut record = record.to_owned();
+    let record: Vec<u8> = connection.get(name(&prefix, &sound.key)).expect("a record");
+    let damage = |at: usize, byte: u8| {
+        let mut record = record.clone();
         record[at] = byte;
         record
     };
     let damaged = [
         (vec![], StoreErrorKind::Corrupt),
         (b"\0\x01".to_vec(), StoreErrorKind::Corrupt),
-        (instants[..152].to_vec(), StoreErrorKind::Corrupt),
-        (spans[..152].to_vec(), StoreErrorKind::Corrupt),
-        (damage(&instants, 1, 0), StoreErrorKind::Corrupt),
-        (damage(&instants, 2, 8), StoreErrorKind::Corrupt),
-        (damage(&instants, 145, 1), StoreErrorKind::Corrupt),
-        (damage(&spans, 145, 1), StoreErrorKind::Corrupt),
-        (damage(&instants, 17, 1), StoreErrorKind::Corrupt),
-        (damage(&spans, 17, 1), StoreErrorKind::Corrupt),
-        (damage(&instants, 0, 1), StoreErrorKind::Newer),
-        (damage(&spans, 0, 1), StoreErrorKind::Newer),
+        (record[..152].to_vec(), StoreErrorKind::Corrupt),
+        (damage(1, 0), StoreErrorKind::Corrupt),
+        (damage(2, 4), StoreErrorKind::Corrupt),
+        (damage(145, 1), StoreErrorKind::Corrupt),
+        (damage(17, 1), StoreErrorKind::Corrupt),
+        (damage(0, 1), StoreErrorKind::Newer),
         (b"\xff\xff whatever comes".to_vec(), StoreErrorKind::Newer),
     ];
     for (bytes, kind) in damaged {
         let claim = any_claim();
         let name = name(&prefix, &claim.key);
-        let _: () = connection.pset_ex(&name, &bytes, 3_600_000).expect("an answer");
+        let _: () = connection.set(&name, &bytes).expect("an answer");
         let kinds = [
             store.claim(&claim).await.expect_err("no record").kind(),
             store.read(&claim.key).await.expect_err("no record").kind(),
@@ -174,13 +163,9 @@ async fn what_is_no_record_is_refused_and_kept() {
             let purge = Purge::Key(claim.key);
             let purged = store.manage().expect("a search").purge(&purge).await;
             assert_eq!(purged.expect("an answer").removed, 1, "{bytes:?}");
-            let _: () = connection.pset_ex(&name, &bytes, 3_600_000).expect("an answer");
+            let _: () = connection.set(&name, &bytes).expect("an answer");
         }
     }
-    let timeless = any_claim();
-    let _: () = connection.set(name(&prefix, &timeless.key), &spans).expect("an answer");
-    let refused = store.claim(&timeless).await.expect_err("spans that count from no instant");
-    assert_eq!(refused.kind(), StoreErrorKind::Corrupt);
     let claim = any_claim();
     let _: () = connection.lpush(name(&prefix, &claim.key), "a list").expect("an answer");
     let refused = store.claim(&claim).await.expect_err("a list is no record");

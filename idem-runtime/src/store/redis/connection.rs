@@ -119,9 +119,7 @@ impl Connection {
     /// Sends a command to where it belongs.
     pub(super) async fn send(&self, command: &Cmd) -> RedisResult<Value> {
         match &self.way {
-            Way::Single(connection) => {
-                connection.clone().send_packed_command(command).await?.extract_error()
-            }
+            Way::Single(connection) => command.query_async(&mut connection.clone()).await,
             Way::Cluster(cluster) => command.query_async(&mut cluster.get()).await,
         }
     }

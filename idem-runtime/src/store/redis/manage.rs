@@ -100,18 +100,18 @@ impl Shared {
     /// Reads a record of any format without its payload. One that cannot be read is passed over: to
     /// find others does not depend on it.
     async fn look(self: &Arc<Self>, key: &Key) -> Result<Option<(Row, Millis)>, StoreError> {
-        let step = Step::new("look", u16::MAX, []);
+        let step = Step { name: "look", format: u16::MAX, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
-        let row = answer.record.and_then(|(record, now)| Some((decode(*key, &record).ok()?, now)));
+        let row = answer.record.and_then(|record| decode(*key, &record).ok());
         if row.is_none() && answer.outcome != Outcome::Nothing {
             tracing::warn!(?key, "a damaged record is passed over");
         }
-        Ok(row)
+        Ok(row.map(|row| (row, answer.now)))
     }
 
     /// Removes a record of any format, unless it is running. `None` says that there was none.
     async fn purge(self: &Arc<Self>, key: &Key) -> Result<Option<bool>, StoreError> {
-        let step = Step::new("purge", u16::MAX, []);
+        let step = Step { name: "purge", format: u16::MAX, arguments: Vec::new() };
         let answer = self.step(key, step).await?;
         Ok(match readable(answer.outcome)? {
             Outcome::Done => Some(true),
@@ -162,7 +162,7 @@ impl Shared {
     }
 
     async fn sweep_one(self: &Arc<Self>, key: &Key) -> Result<bool, StoreError> {
-        let step = Step::new("sweep", FORMAT, []);
+        let step = Step { name: "sweep", format: FORMAT, arguments: Vec::new() };
         Ok(self.step(key, step).await?.outcome == Outcome::Done)
     }
 

@@ -4,7 +4,7 @@
 //! ```text
 //! bytes
 //!   0..2     format, the version of all that follows; a newer one is refused and kept
-//!   2..3     state: 0 issued, 1 running, 2 released, 3 completed; 4 more if spans are written
+//!   2..3     state: 0 issued, 1 running, 2 released, 3 completed
 //!   3..5     flags
 //!   5..9     attempt
 //!   9..17    the lease's end    } instants of the server's clock, in milliseconds since 1970;
@@ -22,18 +22,8 @@
 //! ```
 //!
 //! Numbers are unsigned and big endian. Scripts read and write the same bytes: see `script.lua`.
-//!
-//! A plain `SET` knows no time. So what is written without a look at the server's clock, which is
-//! what most records are from beginning to end, has spans instead of the first three instants. They
-//! count from when it was written, and that is as long before the key's own expiry, which Redis
-//! keeps in milliseconds, as the third of them says. `created` is then by the claimant's clock:
-//! listings are sorted by it, and nothing is decided by it. The scripts make instants of the spans
-//! before they answer.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -41,7 +31,7 @@ use crate::{
     key::{Key, OperationId, ScopeDigest, Token},
     record::{Fingerprint, Flags, State, Ttl},
     store::{
-        Claim, Completion, StoreErrorKind,
+        StoreErrorKind,
         clock::{self, Millis},
         row::Row,
     },
@@ -51,14 +41,6 @@ use crate::{
 pub(super) const FIXED: usize = 153;
 /// The largest integer up to which the scripts' numbers are exact.
 const NEVER: u64 = (1 << 53) - 1;
-/// The longest span that is written as one: an instant that lies as far ahead is still exact.
-const LONGEST_SPAN: u64 = NEVER / 2;
-/// What a state is more by where spans are written.
-const SPANS: u8 = 4;
-const RUNNING: u8 = 1;
-const COMPLETED: u8 = 3;
-/// How much of a record lies before the instant at which it was made.
-const BEFORE_CREATED: usize = 33;
 
 /// A span for a script, in milliseconds. A part of one counts as a whole one, so that nothing ends
 /// before it was promised to.
@@ -81,68 +63,17 @@ pub(super) fn what(
     fingerprint: &Fingerprint,
     operation: &str,
 ) -> Vec<u8> {
-    let mut what = Vec::with_capacity(FIXED - 65 + fingerprint.scheme.len() + operation.len());
-    put_what(&mut what, operation_id, scope, fingerprint, operation);
-    what
-}
-
-fn put_what(
-    out: &mut Vec<u8>,
-    operation_id: &OperationId,
-    scope: &ScopeDigest,
-    fingerprint: &Fingerprint,
-    operation: &str,
-) {
     let scheme = fingerprint.scheme.as_bytes();
-    out.extend_from_slice(operation_id.as_bytes());
-    out.extend_from_slice(scope.as_bytes());
-    out.extend_from_slice(&fingerprint.digest);
+    let mut what = Vec::with_capacity(FIXED - 65 + scheme.len() + operation.len());
+    what.extend_from_slice(operation_id.as_bytes());
+    what.extend_from_slice(scope.as_bytes());
+    what.extend_from_slice(&fingerprint.digest);
     // Nothing that is too long for its length is ever sent: see `Shared::check_size`.
-    out.extend_from_slice(&(scheme.len() as u32).to_be_bytes());
-    out.extend_from_slice(&(operation.len() as u32).to_be_bytes());
-    out.extend_from_slice(scheme);
-    out.extend_from_slice(operation.as_bytes());
-}
-
-/// The record that a first claim makes, in spans, and for how many milliseconds it is kept; `None`
-/// where spans cannot say it.
-pub(super) fn first(claim: &Claim) -> Option<(Vec<u8>, u64)> {
-    let lease = millis(claim.lease);
-    let kept = ttl_millis(claim.ttl).max(lease);
-    if kept == 0 || kept > LONGEST_SPAN {
-        return None;
-    }
-    let Claim { operation_id, scope, fingerprint, operation, .. } = claim;
-    let mut record = Vec::with_capacity(FIXED + fingerprint.scheme.len() + operation.len());
-    put_head(&mut record, claim.format, SPANS + RUNNING, Flags::NONE, [lease, kept, kept]);
-    let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    record.extend_from_slice(&millis(created).min(NEVER - 1).to_be_bytes());
-    record.extend_from_slice(&[0; 8]);
-    record.extend_from_slice(claim.token.as_bytes());
-    put_what(&mut record, operation_id, scope, fingerprint, operation);
-    Some((record, kept))
-}
-
-/// What the record of a first claim begins with when it is completed, up to the instant at which it
-/// was made: in spans if they can say it.
-pub(super) fn completed_head(completion: &Completion) -> Vec<u8> {
-    let kept = ttl_millis(completion.ttl);
-    let is_span = (1..=LONGEST_SPAN).contains(&kept);
-    let state = if is_span { SPANS + COMPLETED } else { COMPLETED };
-    let mut head = Vec::with_capacity(BEFORE_CREATED);
-    put_head(&mut head, completion.format, state, completion.flags, [0, kept, kept]);
-    head
-}
-
-fn put_head(out: &mut Vec<u8>, format: u16, state: u8, flags: Flags, spans: [u64; 3]) {
-    out.extend_from_slice(&format.to_be_bytes());
-    out.push(state);
-    out.extend_from_slice(&flags.bits().to_be_bytes());
-    // The attempt.
-    out.extend_from_slice(&1_u32.to_be_bytes());
-    for span in spans {
-        out.extend_from_slice(&span.to_be_bytes());
-    }
+    what.extend_from_slice(&(scheme.len() as u32).to_be_bytes());
+    what.extend_from_slice(&(operation.len() as u32).to_be_bytes());
+    what.extend_from_slice(scheme);
+    what.extend_from_slice(operation.as_bytes());
+    what
 }
 
 /// Reads a record back.
