@@ -1,7 +1,7 @@
 //! Who is compared: the same small handler, each time made safe to retry by somebody else. A
 //! contender is one entry of [`CONTENDERS`] and the function that makes its router.
 
-use axum::{Json, Router, extract::State, http::StatusCode, routing::post};
+use axum::{Json, Router, http::StatusCode, routing::post};
 use bench::{
     databases::{Kind, mariadb_pool, postgres_pool},
     order::{Order, Receipt},
@@ -11,7 +11,7 @@ use idem_runtime::{
     Builder, Idempotency, Scope, Scoped, Tx, idempotent,
     store::{MemoryStore, MySqlStore, PostgresStore, RedisStore, SqliteStore, Store},
 };
-use sqlx::{PgPool, Postgres};
+use sqlx::Postgres;
 
 use crate::{by_hand, server};
 
@@ -244,9 +244,3 @@ async fn effect(
         .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok((StatusCode::CREATED, Json(receipt)))
 }
-
-/// What a handler written by hand shares with its like.
-#[derive(Clone)]
-pub(crate) struct Pool(pub(crate) PgPool);
-
-pub(crate) type FromPool = State<Pool>;
