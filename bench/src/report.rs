@@ -42,7 +42,7 @@ pub mod figure {
     pub const CPU_SECONDS: &str = "CPU seconds";
     /// Bytes an operation of the database's log.
     pub const LOG_BYTES: &str = "bytes of log";
-    /// Bytes an operation that were written to the disk.
+    /// Bytes an operation that the disk was given to write.
     pub const DISK_BYTES: &str = "bytes to disk";
 }
 

@@ -121,6 +121,9 @@ async fn measure_all(
     let title = "A small JSON handler over HTTP, by who makes it safe to retry";
     let mut report = Report::new("http", title, "bench/run http");
     report.settings = settings(options, databases).await;
+    for database in databases.values() {
+        database.prepare().await;
+    }
     let mut urls = HashMap::new();
     for contender in contenders {
         if let Some(kind) = contender.database {
@@ -247,6 +250,9 @@ impl<'a> Target<'a> {
             Ask::Held => Some(self.load.hold().await?),
             _ => None,
         };
+        if ask == Ask::Again {
+            self.load.rehearse(connections, expected).await?;
+        }
         let before = self.load.executed().await?;
         let families = self.database.map(Server::processes);
         let database = families.map(Meter::start);
