@@ -224,6 +224,9 @@ impl Admin<'_> {
     /// Removes the record of an operation, whatever has become of it, unless it is running: the key
     /// was never used. Nothing stops a repetition of what was done.
     ///
+    /// Through this engine it takes effect at once. Another one that has replayed the record may go
+    /// on to do so for some seconds, over a remote store: see `Builder::replay_cache`.
+    ///
     /// It finds the operation's key and then purges that: should the key be forgotten and used anew
     /// between the two, it is the new record that goes.
     ///

@@ -38,6 +38,7 @@
 //! | `postgres` | `store::PostgresStore`, which many processes share, on PostgreSQL |
 //! | `mysql` | `store::MySqlStore`, which many processes share, on MySQL or MariaDB |
 //! | `redis` | `store::RedisStore`, which many processes share, on Redis, Valkey or Redis Cluster |
+//! | `cache` | completed records of a remote store, kept at hand: `store::ReplayCache`; the three before turn it on, say it for a remote store of your own |
 //! | `marks` | places at which idem's own tests kill a process; no part of what idem promises |
 //! | `seal` | encrypted records, `KeyRing`, with XChaCha20-Poly1305 |
 //! | `testing` | `assert_idempotent` for handlers, and the laws of the [`Store`](store::Store) and [`Manage`](store::Manage) traits as public tests |

@@ -15,7 +15,9 @@
 //!
 //! - Its time ends. What is left of it was counted by the store's clock after the store was asked;
 //!   here it is counted from before that, so it ends here no later, but for what the two clocks
-//!   drift apart within [`max_age`](ReplayCache::max_age).
+//!   drift apart, or the store's is set forward, within [`max_age`](ReplayCache::max_age). Time in
+//!   which the machine is suspended does not pass for the clock that counts here: it is `max_age` of
+//!   waking time.
 //! - It is purged through this engine. What is kept says how many purges had begun when the store
 //!   was asked for it, and is good only as long as no other one has; nothing is kept of what the
 //!   store says while one is going on. So it makes no difference in which order the answers of a
