@@ -24,6 +24,9 @@ const MARIADB: &str = "--innodb-flush-log-at-trx-commit=1 --innodb-buffer-pool-s
 /// The log is not rewritten within a measurement.
 const REDIS: &str = "--appendfsync everysec --auto-aof-rewrite-percentage 0";
 
+/// How many files of PostgreSQL's log, of 16 MB each, are made beforehand.
+const LOG_FILES: usize = 64;
+
 /// How many connections a pool has, idem's and everybody's.
 pub const CONNECTIONS: u32 = 16;
 /// How long a call may wait for one.
@@ -219,6 +222,21 @@ impl Server {
             Self::Redis(server) => {
                 server.ask::<String>(&["FLUSHALL"]).expect("an empty server");
             }
+        }
+    }
+
+    /// Has it make the files of its log that measurements will fill: otherwise all who commit as one
+    /// is full make the next one at the same time.
+    pub async fn prepare(&self) {
+        if let Self::Postgres(server) = self {
+            let mut connection =
+                PgConnection::connect(server.maintenance_url()).await.expect("a connection");
+            for _ in 0..LOG_FILES {
+                let next = "SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()";
+                sqlx::raw_sql(next).execute(&mut connection).await.expect("another file");
+            }
+            // It then uses them again.
+            sqlx::raw_sql("CHECKPOINT").execute(&mut connection).await.expect("a checkpoint");
         }
     }
 

@@ -82,7 +82,7 @@ fn output(program: &str, arguments: &[&str]) -> String {
 fn commit() -> String {
     let commit = output("git", &["rev-parse", "--short", "HEAD"]);
     // What was measured before, and words, are not what is measured.
-    let paths = ["..", ":!results", ":!:/*.md"];
+    let paths = ["..", ":!results", ":(exclude,top)*.md"];
     let changed = output("git", &[&["status", "--porcelain", "--"], &paths[..]].concat());
     if changed.is_empty() { commit } else { commit + "+" }
 }

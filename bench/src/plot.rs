@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::statistics::{Quartiles, short};
+use crate::statistics::Quartiles;
 
 /// One of the plots that stand side by side: in each group, a point for each series.
 #[derive(Clone, Debug)]
@@ -88,7 +88,7 @@ fn draw(out: &mut String, panel: &Panel, left: f64, names: &[&str]) {
             "<line x1=\"{left}\" x2=\"{}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"{stroke}\"/>",
             left + WIDTH
         );
-        let label = short(tick).replace(".00", "");
+        let label = tick.to_string();
         text(out, left - 6.0, y + 4.0, "text-anchor=\"end\" fill=\"#444\"", &label);
     }
     let group_width = WIDTH / panel.groups.len() as f64;

@@ -36,13 +36,21 @@ pub mod figure {
     pub const INSTRUCTIONS: &str = "instructions";
     /// Instructions an operation of SHA-256, where that is counted apart.
     pub const DIGEST: &str = "of SHA-256, in software";
+    /// Of the instructions, those that let a handler survive a client that hangs up.
+    pub const PROTECTION: &str = "of surviving a hang-up";
+    /// CPU time an operation, in nanoseconds.
+    pub const NANOSECONDS: &str = "CPU ns";
+    /// The longest turn, in microseconds of CPU time.
+    pub const LONGEST: &str = "longest, CPU µs";
+    /// Bytes a record in memory.
+    pub const BYTES: &str = "bytes in memory";
     /// What something took by the clock, in seconds.
     pub const SECONDS: &str = "seconds";
     /// CPU time that it took, in seconds.
     pub const CPU_SECONDS: &str = "CPU seconds";
     /// Bytes an operation of the database's log.
     pub const LOG_BYTES: &str = "bytes of log";
-    /// Bytes an operation that were written to the disk.
+    /// Bytes an operation that the disk was given to write.
     pub const DISK_BYTES: &str = "bytes to disk";
 }
 
@@ -264,7 +272,11 @@ impl Report {
             figure::CPU,
             figure::DATABASE_CPU,
             figure::INSTRUCTIONS,
+            figure::PROTECTION,
             figure::DIGEST,
+            figure::NANOSECONDS,
+            figure::LONGEST,
+            figure::BYTES,
             figure::CPU_SECONDS,
             figure::SECONDS,
             figure::LOG_BYTES,
@@ -274,7 +286,9 @@ impl Report {
         let figures = order.into_iter().filter_map(|name| {
             let quartiles = Quartiles::of(cell.figures.get(name)?)?;
             let shown = match name {
-                figure::THROUGHPUT | figure::CPU => quartiles.to_string(),
+                figure::THROUGHPUT | figure::CPU | figure::NANOSECONDS | figure::LONGEST => {
+                    quartiles.to_string()
+                }
                 _ => short(quartiles.median),
             };
             Some((name.to_owned(), shown))

@@ -39,8 +39,8 @@ impl fmt::Display for Quartiles {
 /// A figure, which is not negative, with as many digits as tell two of them apart.
 pub fn short(figure: f64) -> String {
     match figure {
-        size if size >= 100.0 => counted(size.round() as u64),
-        size if size >= 10.0 => format!("{figure:.1}"),
+        size if size >= 99.95 => counted(size.round() as u64),
+        size if size >= 9.995 => format!("{figure:.1}"),
         _ => format!("{figure:.2}"),
     }
 }

@@ -9,6 +9,9 @@
 //! SHA-256 is counted apart. Valgrind hides the processor's SHA instructions, so under it the digest
 //! runs in software and costs some thirty times what it costs outside.
 //!
+//! What lets a handler survive its client is counted by its functions: what they do themselves, and
+//! have others do, but for the work that they protect and the box that this has in any case.
+//!
 //! `--check` compares the counts with those in `instructions.json` and fails where one is more than
 //! two per cent larger; `--accept` writes that file.
 
@@ -27,7 +30,7 @@ use bench::{
     order::{Order, REQUEST, Receipt},
     report::{
         At, Goal, Report,
-        figure::{DIGEST, INSTRUCTIONS},
+        figure::{DIGEST, INSTRUCTIONS, PROTECTION},
     },
     statistics::Bound,
 };
@@ -42,8 +45,15 @@ const MANY: usize = 1_200;
 /// What a count may be larger than the one that was accepted.
 const TOLERANCE: f64 = 0.02;
 /// The variants, and whether each request has a key of its own.
-const VARIANTS: [(&str, bool); 4] =
-    [("bare axum", true), ("first request", true), ("replay", false), ("conflict", false)];
+const VARIANTS: [(&str, bool); 5] = [
+    ("bare axum", true),
+    ("first request", true),
+    ("replay", false),
+    ("conflict", false),
+    (WAITING, true),
+];
+/// As most handlers wait for something: only then can a client hang up half-way.
+const WAITING: &str = "first request, its handler waits once";
 
 async fn bare(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>) {
     (StatusCode::CREATED, Json(order.take(7)))
@@ -51,6 +61,12 @@ async fn bare(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>) {
 
 #[idempotent(anchor = header("Idempotency-Key"))]
 async fn guarded(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>) {
+    (StatusCode::CREATED, Json(order.take(7)))
+}
+
+#[idempotent(anchor = header("Idempotency-Key"))]
+async fn waiting(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>) {
+    tokio::task::yield_now().await;
     (StatusCode::CREATED, Json(order.take(7)))
 }
 
@@ -66,6 +82,7 @@ fn router(variant: &str) -> Router {
     match variant {
         "bare axum" => Router::new().route("/orders", post(bare)),
         "conflict" => Router::new().route("/orders", post(endless)).with_state(engine()),
+        WAITING => Router::new().route("/orders", post(waiting)).with_state(engine()),
         _ => Router::new().route("/orders", post(guarded)).with_state(engine()),
     }
 }
@@ -131,11 +148,38 @@ fn is_replay(answer: &[u8]) -> bool {
     String::from_utf8_lossy(answer).contains("idempotent-replayed: true")
 }
 
-/// The instructions of a whole run, and those of SHA-256 in it.
-#[derive(Clone, Copy)]
+/// The instructions of a whole run, and of these some that are counted apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Count {
     all: u64,
     digest: u64,
+    protection: u64,
+}
+
+/// What a function is part of.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Digest,
+    Protection,
+    /// What is protected, and its box.
+    Protected,
+    Other,
+}
+
+impl Part {
+    fn of(function: &str) -> Self {
+        if function.contains("sha2::") || function.contains("sha256") {
+            Self::Digest
+        } else if function.contains("Exchange::claim::") || function.contains("__rust_dealloc") {
+            Self::Protected
+        } else if function.contains("idem_runtime::detach::FinishAnyway<")
+            && !function.contains("futures_util")
+        {
+            Self::Protection
+        } else {
+            Self::Other
+        }
+    }
 }
 
 fn count(variant: &str, requests: usize, directory: &Path) -> Result<Count, Failure> {
@@ -156,30 +200,32 @@ fn count(variant: &str, requests: usize, directory: &Path) -> Result<Count, Fail
 /// Reads callgrind's own format: <https://valgrind.org/docs/manual/cl-format.html>. What a function
 /// costs itself stands on lines of its own; the line after `calls=` is what its callee cost.
 fn read_count(text: &str) -> Result<Count, Failure> {
-    let (mut names, mut in_digest, mut is_callees) = (HashMap::new(), false, false);
-    let mut counted = Count { all: 0, digest: 0 };
+    let mut parts = HashMap::new();
+    // A name is said once, with a number, and then by that.
+    let mut part = |named: &str| {
+        let (number, name) = named.split_once(' ').unwrap_or((named, ""));
+        *parts.entry(number.to_owned()).or_insert_with(|| Part::of(name))
+    };
+    let (mut function, mut callee, mut is_callees) = (Part::Other, Part::Other, false);
+    let mut counted = Count::default();
     for line in text.lines() {
         if let Some(named) = line.strip_prefix("fn=") {
-            // A name is said once, with a number, and then by that.
-            let (number, name) = named.split_once(' ').unwrap_or((named, ""));
-            let is_digest = *names
-                .entry(number.to_owned())
-                .or_insert_with(|| name.contains("sha2::") || name.contains("sha256"));
-            in_digest = is_digest;
+            function = part(named);
         } else if let Some(named) = line.strip_prefix("cfn=") {
-            if let Some((number, name)) = named.split_once(' ') {
-                let is_digest = name.contains("sha2::") || name.contains("sha256");
-                names.entry(number.to_owned()).or_insert(is_digest);
-            }
+            callee = part(named);
         } else if line.starts_with("calls=") {
             is_callees = true;
         } else if line.starts_with(|first: char| first.is_ascii_digit() || "+-*".contains(first)) {
+            let cost: u64 = line.split(' ').nth(1).ok_or("a line without a cost")?.parse()?;
             if std::mem::take(&mut is_callees) {
+                if function == Part::Protection && callee == Part::Other {
+                    counted.protection += cost;
+                }
                 continue;
             }
-            let cost: u64 = line.split(' ').nth(1).ok_or("a line without a cost")?.parse()?;
             counted.all += cost;
-            counted.digest += if in_digest { cost } else { 0 };
+            counted.digest += if function == Part::Digest { cost } else { 0 };
+            counted.protection += if function == Part::Protection { cost } else { 0 };
         }
     }
     if counted.all == 0 {
@@ -188,11 +234,16 @@ fn read_count(text: &str) -> Result<Count, Failure> {
     Ok(counted)
 }
 
-/// Instructions a request, without SHA-256, and of SHA-256.
-fn measure(variant: &str, directory: &Path) -> Result<(f64, f64), Failure> {
+/// What a request takes: instructions without SHA-256, of SHA-256, and of surviving a hang-up.
+fn measure(variant: &str, directory: &Path) -> Result<[f64; 3], Failure> {
     let (few, many) = (count(variant, FEW, directory)?, count(variant, MANY, directory)?);
     let a_request = |of: fn(Count) -> u64| (of(many) - of(few)) as f64 / (MANY - FEW) as f64;
-    Ok((a_request(|count| count.all - count.digest), a_request(|count| count.digest)))
+    let (digest, protection) =
+        (a_request(|count| count.digest), a_request(|count| count.protection));
+    if variant != "bare axum" && (digest == 0.0 || protection == 0.0) {
+        return Err("what is counted apart is not found by its functions' names".into());
+    }
+    Ok([a_request(|count| count.all - count.digest), digest, protection])
 }
 
 fn main() -> Result<ExitCode, Failure> {
@@ -215,8 +266,9 @@ fn main() -> Result<ExitCode, Failure> {
     let mut report = Report::new("instructions", title, "bench/run instructions");
     let mut counts = BTreeMap::new();
     for (variant, _) in VARIANTS {
-        let (all, digest) = measure(variant, directory.path())?;
-        report.add(&At::new("idem", variant, 1), [(INSTRUCTIONS, all), (DIGEST, digest)]);
+        let [all, digest, protection] = measure(variant, directory.path())?;
+        let figures = [(INSTRUCTIONS, all), (PROTECTION, protection), (DIGEST, digest)];
+        report.add(&At::new("idem", variant, 1), figures);
         counts.insert(variant.to_owned(), all);
     }
     let bare = counts["bare axum"];
@@ -235,6 +287,13 @@ fn main() -> Result<ExitCode, Failure> {
         figure: INSTRUCTIONS,
         reference: Some(At::new("idem", "bare axum", 1)),
         bound: Bound::AtMost(0.45),
+    });
+    report.judge(Goal {
+        what: "surviving a hang-up, instructions".into(),
+        of: At::new("idem", WAITING, 1),
+        figure: PROTECTION,
+        reference: None,
+        bound: Bound::AtMost(300.0),
     });
     println!("{}", report.tables());
     let accepted = package().join("instructions.json");
@@ -276,4 +335,24 @@ fn judge(
         100.0 * TOLERANCE
     );
     Ok(ExitCode::FAILURE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_is_read_as_callgrind_writes_it() {
+        let poll = "<idem_runtime::detach::FinishAnyway<T> as core::future::future::Future>::poll";
+        let text = format!(
+            "version: 1\nevents: Ir\n\nfn=(1) main\n16 5\ncfn=(2) sha2::sha256::compress256\n\
+             calls=1 20\n16 400\n+1 7\ncfn=(4) {poll}\ncalls=1 1\n+3 90\n\nfn=(2)\n20 300\n\
+             cfn=(3) sha2::soft::compress\ncalls=2 0\n* 100\n\nfn=(3)\n-2 100\n\nfn=(4)\n5 20\n\
+             cfn=(5) idem_runtime::http::serve::Exchange::claim::{{{{closure}}}}\ncalls=1 1\n6 60\n\
+             cfn=(6) tracing::span::Span::current\ncalls=1 1\n7 10\n\nfn=(5)\n1 60\n\nfn=(6)\n\
+             1 10\ntotals: 502\n"
+        );
+        let count = read_count(&text).unwrap();
+        assert_eq!(count, Count { all: 502, digest: 400, protection: 30 });
+    }
 }

@@ -963,3 +963,33 @@ pub(super) fn endpoint(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Anchor, Idempotency, Policy, Scope, store::MemoryStore};
+
+    /// Beyond 1,032 bytes glibc keeps no block at hand for the thread that asks: one such block a
+    /// request, and its allocator does more than all of the engine.
+    #[test]
+    fn what_a_request_has_on_the_heap_is_small() {
+        const POLICY: Policy = Policy::new(Anchor::header("Idempotency-Key"));
+        let engine = Idempotency::builder(MemoryStore::new()).scope(Scope::global()).build();
+        let policy = engine.shared.resolved(&POLICY);
+        let arrived = || {
+            let request = http::Request::post("/").header("Idempotency-Key", "k");
+            let request = request.body(Body::empty()).unwrap();
+            Arrived::new(Arc::clone(&engine.shared), request, Arc::new(()))
+        };
+        let runner: fn() -> Runner = || Box::new(|_| std::future::pending().boxed());
+
+        assert!(size_of_val(&*arrived()) <= 512);
+        // A part of the handler's own future, which is on the heap as well.
+        assert!(size_of_val(&serve(arrived(), Arc::clone(&policy), runner())) <= 512);
+        let opened = Exchange::open(arrived(), Arc::clone(&policy)).now_or_never();
+        let Some(Opened::Keyed(mut exchange)) = opened else { panic!("it has a key") };
+        let Ok(call) = exchange.call(Arguments::new()) else { panic!("it has a key") };
+        assert!(size_of_val(&*call.claim) <= 512);
+        assert!(size_of_val(&*exchange.claim(call, runner())) <= 1_032);
+    }
+}

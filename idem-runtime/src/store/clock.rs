@@ -67,9 +67,7 @@ impl Clock {
             Source::Monotonic(start) => start.elapsed(),
             Source::Manual(clock) => return clock.0.load(Ordering::SeqCst),
         };
-        let (seconds, millis) = (since.as_secs(), Millis::from(since.subsec_millis()));
-        let whole = Millis::try_from(seconds).ok().and_then(|seconds| seconds.checked_mul(1_000));
-        whole.map_or(NEVER - 1, |whole| whole.saturating_add(millis).min(NEVER - 1))
+        millis(since.as_secs(), since.subsec_millis()).map_or(NEVER - 1, |now| now.min(NEVER - 1))
     }
 }
 
@@ -108,8 +106,14 @@ impl From<ManualClock> for Clock {
 /// The instant this long after another. A part of a millisecond counts as a whole one, so that
 /// nothing ends before it was promised to; what lies beyond all clocks is [`NEVER`].
 pub(super) fn after(now: Millis, span: Duration) -> Millis {
-    let whole = span.as_nanos().div_ceil(1_000_000);
-    Millis::try_from(whole).map_or(NEVER, |millis| now.saturating_add(millis))
+    let whole = millis(span.as_secs(), span.subsec_nanos().div_ceil(1_000_000));
+    whole.map_or(NEVER, |millis| now.saturating_add(millis))
+}
+
+/// Seconds and milliseconds as one number, if it is one. (A whole span in nanoseconds takes a
+/// division of 128 bits.)
+fn millis(seconds: u64, millis: u32) -> Option<Millis> {
+    Millis::try_from(seconds).ok()?.checked_mul(1_000)?.checked_add(millis.into())
 }
 
 /// The instant at which what starts now and lasts this long is over.

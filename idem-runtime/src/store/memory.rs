@@ -17,12 +17,12 @@ use std::{
 use futures_util::future::BoxFuture;
 use hashbrown::{HashTable, hash_table::Entry as Place};
 
-use self::entry::{Entry, Operations};
+use self::entry::{Bare, Entry, Operations};
 use super::{
     Checkpoint, Claim, Claimed, Clock, Completion, Issue, Manage, Renewal, Store, StoreError,
     StoreErrorKind, Written,
     clock::{Millis, NEVER},
-    row::{Ended, Opening, Row},
+    row::{Ended, Opening},
 };
 use crate::{
     key::{Key, Token},
@@ -74,7 +74,7 @@ struct Shared {
     max_bytes: usize,
     records: AtomicUsize,
     bytes: AtomicUsize,
-    /// Where the next sweep begins, so that a bounded one does not see the same shards each time.
+    /// Where the next sweep begins.
     next_swept: AtomicUsize,
 }
 
@@ -231,18 +231,18 @@ impl Shared {
     /// Claims or issues a key.
     fn open<O: Opening>(&self, opening: &O) -> Result<O::Answer, StoreError> {
         match self.try_open(opening) {
-            Err(StoreErrorKind::Full) => {
+            Err(error) if error.kind() == StoreErrorKind::Full => {
                 // Something may have expired in any shard. None is locked here: two claims that
                 // each held their own and waited for the other's would wait for ever.
-                self.sweep(STEPS_A_LOCK);
+                self.make_room();
                 self.try_open(opening)
             }
             answer => answer,
         }
-        .map_err(|kind| StoreError::new(NAME, kind))
     }
 
-    fn try_open<O: Opening>(&self, opening: &O) -> Result<O::Answer, StoreErrorKind> {
+    fn try_open<O: Opening>(&self, opening: &O) -> Result<O::Answer, StoreError> {
+        let failed = |kind| StoreError::new(NAME, kind);
         let key = opening.key();
         let mut shard = self.shard(key);
         let now = self.clock.now();
@@ -250,47 +250,50 @@ impl Shared {
         match entries.entry(hash(key), |entry| entry.is_of(key), rehash) {
             Place::Occupied(mut place) => {
                 let entry = place.get_mut();
-                let (row, answer) = if entry.is_found(opening.format(), now)? {
+                if entry.is_found(opening.format(), now).map_err(failed)? {
                     let mut row = entry.row(&self.operations);
                     let (changed, answer) = opening.on_row(&mut row, now);
-                    (changed.then_some(row), answer)
-                } else {
-                    opening.on_nothing(now)
-                };
-                if let Some(row) = row {
-                    self.replace(due, entry, &row);
+                    if changed {
+                        self.replace(due, entry, Entry::of(&row, &self.operations));
+                    }
+                    return Ok(answer);
                 }
-                Ok(answer)
+                let row = opening.make(now);
+                if let Some(row) = &row {
+                    self.replace(due, entry, Entry::of(row, &self.operations));
+                }
+                Ok(opening.made(row, now))
             }
             Place::Vacant(place) => {
-                let (row, answer) = opening.on_nothing(now);
-                let Some(row) = row else { return Ok(answer) };
-                if !self.reserve() {
-                    return Err(StoreErrorKind::Full);
+                let row = opening.make(now);
+                if let Some(row) = &row {
+                    if !self.reserve() {
+                        return Err(failed(StoreErrorKind::Full));
+                    }
+                    let entry = Entry::of(row, &self.operations);
+                    self.reweigh(0, entry.weight());
+                    Shard::schedule(due, NEVER, &entry);
+                    place.insert(entry);
+                    self.expire(&mut shard, now, STEPS_AN_INSERTION);
                 }
-                let entry = Entry::of(&row, &self.operations);
-                self.reweigh(0, entry.weight());
-                Shard::schedule(due, NEVER, &entry);
-                place.insert(entry);
-                self.expire(&mut shard, now, STEPS_AN_INSERTION);
-                Ok(answer)
+                Ok(opening.made(row, now))
             }
         }
     }
 
-    /// Puts a row in the place of what was there under its key.
-    fn replace(&self, due: &mut BinaryHeap<Reverse<(Millis, u64)>>, entry: &mut Entry, row: &Row) {
-        let before = std::mem::replace(entry, Entry::of(row, &self.operations));
+    /// Puts an entry in the place of what was there under its key.
+    fn replace(&self, due: &mut BinaryHeap<Reverse<(Millis, u64)>>, entry: &mut Entry, by: Entry) {
+        let before = std::mem::replace(entry, by);
         self.reweigh(before.weight(), entry.weight());
         Shard::schedule(due, before.kept_until(), entry);
     }
 
     /// Changes a row under a token, as `change` says.
-    fn change(
+    fn change<'p>(
         &self,
         key: &Key,
         format: u16,
-        change: impl FnOnce(&mut Row, Millis) -> Ended,
+        change: impl FnOnce(&mut Bare<'p>, Millis) -> Ended,
     ) -> Result<Written, StoreError> {
         let mut shard = self.shard(key);
         let now = self.clock.now();
@@ -302,10 +305,11 @@ impl Shared {
         if !entry.is_found(format, now).map_err(|kind| StoreError::new(NAME, kind))? {
             return Ok(Written::Gone);
         }
-        let mut row = entry.row(&self.operations);
+        let mut row = entry.bare_row();
         Ok(match change(&mut row, now) {
             Ended::Changed => {
-                self.replace(due, entry, &row);
+                let by = entry.with(&row);
+                self.replace(due, entry, by);
                 Written::Done
             }
             Ended::Removed => {
@@ -315,7 +319,7 @@ impl Shared {
                 Written::Done
             }
             Ended::Already => Written::Done,
-            Ended::Fenced => Written::Fenced(row.record(now)),
+            Ended::Fenced => Written::Fenced(entry.row(&self.operations).into_record(now)),
         })
     }
 
@@ -326,10 +330,11 @@ impl Shared {
         let entry = entries.find_mut(hash(&renewal.key), |entry| entry.is_of(&renewal.key));
         match entry {
             Some(entry) if matches!(entry.is_found(FORMAT, now), Ok(true)) => {
-                let mut row = entry.row(&self.operations);
+                let mut row = entry.bare_row();
                 let renewed = row.renew(renewal, now);
                 if renewed {
-                    self.replace(due, entry, &row);
+                    let by = entry.with(&row);
+                    self.replace(due, entry, by);
                 }
                 renewed
             }
@@ -342,28 +347,53 @@ impl Shared {
         let now = self.clock.now();
         let Some(entry) = shard.find(key) else { return Ok(None) };
         match entry.is_found(FORMAT, now) {
-            Ok(is_found) => Ok(is_found.then(|| entry.row(&self.operations).record(now))),
+            Ok(is_found) => Ok(is_found.then(|| entry.row(&self.operations).into_record(now))),
             Err(kind) => Err(StoreError::new(NAME, kind)),
         }
     }
 
-    fn sweep(&self, limit: usize) -> usize {
-        let first = self.next_swept.fetch_add(1, Ordering::Relaxed);
+    /// Frees space in whichever shard has some: for an insertion that finds none.
+    fn make_room(&self) {
+        let mut freed = 0;
+        for shard in self.shards_in_turn() {
+            freed += self.expire_under_lock(shard, STEPS_A_LOCK).removed;
+            if freed >= STEPS_A_LOCK {
+                return;
+            }
+        }
+    }
+
+    /// Removes what is over, and lets other tasks have their turn after each lock that was long.
+    async fn sweep(&self, limit: usize) -> usize {
         let mut removed = 0;
-        for shard in 0..self.shards.len() {
-            let shard = &self.shards[first.wrapping_add(shard) % self.shards.len()];
+        for shard in self.shards_in_turn() {
             while removed < limit {
-                let mut shard = lock(shard);
-                // Taken under the lock: time that passes while it is waited for counts.
-                let now = self.clock.now();
-                let expired = self.expire(&mut shard, now, STEPS_A_LOCK.min(limit - removed));
+                let steps = STEPS_A_LOCK.min(limit - removed);
+                let expired = self.expire_under_lock(shard, steps);
                 removed += expired.removed;
+                if expired.removed > 0 {
+                    tokio::task::yield_now().await;
+                }
                 if !expired.more {
                     break;
                 }
             }
         }
         removed
+    }
+
+    /// All shards, beginning with another one each time, so that what is bounded comes round.
+    fn shards_in_turn(&self) -> impl Iterator<Item = &Mutex<Shard>> {
+        let first = self.next_swept.fetch_add(1, Ordering::Relaxed) % self.shards.len();
+        let (before, rest) = self.shards.split_at(first);
+        rest.iter().chain(before)
+    }
+
+    fn expire_under_lock(&self, shard: &Mutex<Shard>, steps: usize) -> Expired {
+        let mut shard = lock(shard);
+        // Taken under the lock: time that passes while it is waited for counts.
+        let now = self.clock.now();
+        self.expire(&mut shard, now, steps)
     }
 
     /// Works off at most so many of a shard's due entries.
@@ -457,7 +487,7 @@ impl Store for MemoryStore {
     }
 
     fn sweep(&self, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
-        Box::pin(async move { Ok(self.0.sweep(limit)) })
+        Box::pin(async move { Ok(self.0.sweep(limit).await) })
     }
 
     fn manage(&self) -> Option<&dyn Manage> {

@@ -19,11 +19,14 @@ use crate::{
 };
 
 /// A [`Record`] whose times are instants of its store's clock.
+///
+/// What is done under a token does not touch the operation, and does no more to the payload than
+/// replace it: it can be done to a row that has neither of them itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Row {
+pub(super) struct Row<Operation = Arc<str>, Payload = Bytes> {
     pub(super) key: Key,
     pub(super) scope: ScopeDigest,
-    pub(super) operation: Arc<str>,
+    pub(super) operation: Operation,
     pub(super) operation_id: OperationId,
     pub(super) state: State,
     pub(super) fingerprint: Fingerprint,
@@ -37,7 +40,7 @@ pub(super) struct Row {
     pub(super) created: Millis,
     pub(super) format: u16,
     pub(super) flags: Flags,
-    pub(super) payload: Bytes,
+    pub(super) payload: Payload,
 }
 
 /// What a call under a token did to its row.
@@ -53,6 +56,17 @@ pub(super) enum Ended {
     Fenced,
 }
 
+/// What a row has as its payload.
+pub(super) trait Payload<'p> {
+    fn of(payload: &'p Bytes) -> Self;
+}
+
+impl Payload<'_> for Bytes {
+    fn of(payload: &Self) -> Self {
+        payload.clone()
+    }
+}
+
 /// A call that may make a row.
 pub(super) trait Opening: Sync {
     type Answer: Send;
@@ -63,7 +77,17 @@ pub(super) trait Opening: Sync {
     fn format(&self) -> u16;
 
     /// Where there is no row: the row to make, if any.
-    fn on_nothing(&self, now: Millis) -> (Option<Row>, Self::Answer);
+    fn make(&self, now: Millis) -> Option<Row>;
+
+    /// The answer, once it is made or not.
+    fn made(&self, row: Option<Row>, now: Millis) -> Self::Answer;
+
+    /// Both at once.
+    #[cfg(any(feature = "mysql", feature = "postgres", feature = "sqlite"))]
+    fn on_nothing(&self, now: Millis) -> (Option<Row>, Self::Answer) {
+        let row = self.make(now);
+        (row.clone(), self.made(row, now))
+    }
 
     /// Where there is one: whether it was changed.
     fn on_row(&self, row: &mut Row, now: Millis) -> (bool, Self::Answer);
@@ -80,13 +104,13 @@ impl Opening for Claim {
         self.format
     }
 
-    fn on_nothing(&self, now: Millis) -> (Option<Row>, Claimed) {
-        if decide(Seen::Nothing, self.asked(false)) != Decision::Run {
-            return (None, Claimed::Unknown);
-        }
-        let row = Row::fresh(self, now);
-        let granted = Claimed::Granted(row.record(now));
-        (Some(row), granted)
+    fn make(&self, now: Millis) -> Option<Row> {
+        let runs = decide(Seen::Nothing, self.asked(false)) == Decision::Run;
+        runs.then(|| Row::fresh(self, now))
+    }
+
+    fn made(&self, row: Option<Row>, now: Millis) -> Claimed {
+        row.map_or(Claimed::Unknown, |row| Claimed::Granted(row.into_record(now)))
     }
 
     fn on_row(&self, row: &mut Row, now: Millis) -> (bool, Claimed) {
@@ -106,8 +130,12 @@ impl Opening for Issue {
         self.format
     }
 
-    fn on_nothing(&self, now: Millis) -> (Option<Row>, Written) {
-        (Some(Row::issued(self, now)), Written::Done)
+    fn make(&self, now: Millis) -> Option<Row> {
+        Some(Row::issued(self, now))
+    }
+
+    fn made(&self, _: Option<Row>, _: Millis) -> Written {
+        Written::Done
     }
 
     fn on_row(&self, row: &mut Row, now: Millis) -> (bool, Written) {
@@ -233,6 +261,42 @@ impl Row {
         self.extend(after(now, claim.lease));
     }
 
+    /// The record, with its times relative to now.
+    pub(super) fn record(&self, now: Millis) -> Record {
+        self.clone().into_record(now)
+    }
+
+    /// The record without its payload.
+    pub(super) fn summary(&self, now: Millis) -> Record {
+        Self { payload: Bytes::new(), ..self.clone() }.into_record(now)
+    }
+
+    /// The record that it becomes.
+    pub(super) fn into_record(self, now: Millis) -> Record {
+        Record {
+            key: self.key,
+            scope: self.scope,
+            operation: self.operation,
+            operation_id: self.operation_id,
+            state: self.state,
+            fingerprint: self.fingerprint,
+            token: self.token,
+            attempt: self.attempt,
+            lease_left: match self.state {
+                State::Running => until(now, self.lease_end),
+                _ => Duration::ZERO,
+            },
+            valid_left: left(now, self.valid_until),
+            kept_left: left(now, self.kept_until),
+            age: until(self.created, now),
+            format: self.format,
+            flags: self.flags,
+            payload: self.payload,
+        }
+    }
+}
+
+impl<O, P> Row<O, P> {
     /// Extends the lease, if it is still held under this token.
     pub(super) fn renew(&mut self, renewal: &Renewal, now: Millis) -> bool {
         let held = self.is_held_by(renewal.token);
@@ -253,17 +317,23 @@ impl Row {
     }
 
     /// Replaces what the next attempt finds.
-    pub(super) fn checkpoint(&mut self, checkpoint: &Checkpoint) -> Ended {
+    pub(super) fn checkpoint<'p>(&mut self, checkpoint: &'p Checkpoint) -> Ended
+    where
+        P: Payload<'p>,
+    {
         if !self.is_held_by(checkpoint.token) {
             return Ended::Fenced;
         }
         self.format = checkpoint.format;
-        self.payload = checkpoint.payload.clone();
+        self.payload = P::of(&checkpoint.payload);
         Ended::Changed
     }
 
     /// Records the answer.
-    pub(super) fn complete(&mut self, completion: &Completion, now: Millis) -> Ended {
+    pub(super) fn complete<'p>(&mut self, completion: &'p Completion, now: Millis) -> Ended
+    where
+        P: Payload<'p>,
+    {
         if self.token == completion.token && self.state == State::Completed {
             return Ended::Already;
         }
@@ -278,7 +348,7 @@ impl Row {
         }
         self.format = completion.format;
         self.flags = Flags::from_bits(self.flags.bits() | completion.flags.bits());
-        self.payload = completion.payload.clone();
+        self.payload = P::of(&completion.payload);
         Ended::Changed
     }
 
@@ -321,39 +391,6 @@ impl Row {
     /// Whether its owner holds the claim, as far as anybody knows.
     pub(super) fn is_leased(&self, now: Millis) -> bool {
         self.state == State::Running && self.lease_end > now
-    }
-
-    /// The record, with its times relative to now.
-    pub(super) fn record(&self, now: Millis) -> Record {
-        self.record_with(self.payload.clone(), now)
-    }
-
-    /// The record without its payload.
-    pub(super) fn summary(&self, now: Millis) -> Record {
-        self.record_with(Bytes::new(), now)
-    }
-
-    fn record_with(&self, payload: Bytes, now: Millis) -> Record {
-        Record {
-            key: self.key,
-            scope: self.scope,
-            operation: Arc::clone(&self.operation),
-            operation_id: self.operation_id,
-            state: self.state,
-            fingerprint: self.fingerprint.clone(),
-            token: self.token,
-            attempt: self.attempt,
-            lease_left: match self.state {
-                State::Running => until(now, self.lease_end),
-                _ => Duration::ZERO,
-            },
-            valid_left: left(now, self.valid_until),
-            kept_left: left(now, self.kept_until),
-            age: until(self.created, now),
-            format: self.format,
-            flags: self.flags,
-            payload,
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 use axum::{
     Router,
     body::Bytes,
+    extract::State,
     http::{HeaderMap, StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::post,
@@ -13,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
 use crate::{
-    contenders::{EFFECT, EFFECTS, FromPool, Pool},
+    contenders::{EFFECT, EFFECTS},
     server,
 };
 
@@ -74,31 +75,30 @@ fn answer(status: StatusCode, body: Vec<u8>) -> Response {
     (status, [(CONTENT_TYPE, "application/json")], body).into_response()
 }
 
-async fn routes(url: &str) -> (Router<Pool>, Pool) {
+async fn database(url: &str) -> PgPool {
     let pool = postgres_pool(url);
     for table in [TABLE, EFFECTS] {
         sqlx::raw_sql(table).execute(&pool).await.expect("a table");
     }
-    (Router::new(), Pool(pool))
+    pool
 }
 
 /// The claim and the answer are two statements, each committed for itself.
 pub(crate) async fn two_statements(url: String) -> Router {
-    let (router, pool) = routes(&url).await;
-    router
+    Router::new()
         .route(
             "/orders",
-            post(|pool: FromPool, headers: HeaderMap, body: Bytes| async move {
-                in_two_statements(&pool.0.0, &headers, &body, false).await
+            post(|State(pool): State<PgPool>, headers: HeaderMap, body: Bytes| async move {
+                in_two_statements(&pool, &headers, &body, false).await
             }),
         )
         .route(
             "/held",
-            post(|pool: FromPool, headers: HeaderMap, body: Bytes| async move {
-                in_two_statements(&pool.0.0, &headers, &body, true).await
+            post(|State(pool): State<PgPool>, headers: HeaderMap, body: Bytes| async move {
+                in_two_statements(&pool, &headers, &body, true).await
             }),
         )
-        .with_state(pool)
+        .with_state(database(&url).await)
 }
 
 async fn in_two_statements(
@@ -134,21 +134,20 @@ async fn in_two_statements(
 
 /// The effect and the answer are committed together, under a lock of the transaction's on the key.
 pub(crate) async fn transaction(url: String) -> Router {
-    let (router, pool) = routes(&url).await;
-    router
+    Router::new()
         .route(
             "/orders",
-            post(|pool: FromPool, headers: HeaderMap, body: Bytes| async move {
-                in_a_transaction(&pool.0.0, &headers, &body, false).await
+            post(|State(pool): State<PgPool>, headers: HeaderMap, body: Bytes| async move {
+                in_a_transaction(&pool, &headers, &body, false).await
             }),
         )
         .route(
             "/held",
-            post(|pool: FromPool, headers: HeaderMap, body: Bytes| async move {
-                in_a_transaction(&pool.0.0, &headers, &body, true).await
+            post(|State(pool): State<PgPool>, headers: HeaderMap, body: Bytes| async move {
+                in_a_transaction(&pool, &headers, &body, true).await
             }),
         )
-        .with_state(pool)
+        .with_state(database(&url).await)
 }
 
 /// Five round trips: BEGIN, the lock with the record as it is known, the effect, the record,

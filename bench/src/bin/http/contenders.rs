@@ -1,17 +1,17 @@
 //! Who is compared: the same small handler, each time made safe to retry by somebody else. A
 //! contender is one entry of [`CONTENDERS`] and the function that makes its router.
 
-use axum::{Json, Router, extract::State, http::StatusCode, routing::post};
+use axum::{Json, Router, http::StatusCode, routing::post};
 use bench::{
     databases::{Kind, mariadb_pool, postgres_pool},
     order::{Order, Receipt},
 };
 use futures_util::future::BoxFuture;
 use idem_runtime::{
-    Idempotency, Scope, Tx, idempotent,
+    Builder, Idempotency, Scope, Scoped, Tx, idempotent,
     store::{MemoryStore, MySqlStore, PostgresStore, RedisStore, SqliteStore, Store},
 };
-use sqlx::{PgPool, Postgres};
+use sqlx::Postgres;
 
 use crate::{by_hand, server};
 
@@ -95,6 +95,12 @@ pub(crate) const CONTENDERS: &[Contender] = &[
         ..IDEM
     },
     Contender {
+        name: "postgres uncached",
+        database: Some(Kind::Postgres),
+        app: |url| Box::pin(postgres_uncached(url)),
+        ..IDEM
+    },
+    Contender {
         name: "postgres by hand",
         database: Some(Kind::Postgres),
         app: |url| Box::pin(by_hand::two_statements(url)),
@@ -145,15 +151,19 @@ async fn idempotent_held(Json(order): Json<Order>) -> (StatusCode, Json<Receipt>
     take(order)
 }
 
-fn engine(store: impl Store) -> Idempotency {
-    Idempotency::builder(store).scope(Scope::header("X-API-Key")).build()
+fn builder(store: impl Store) -> Builder<Scoped> {
+    Idempotency::builder(store).scope(Scope::header("X-API-Key"))
 }
 
-fn idem(store: impl Store) -> Router {
+fn routes(engine: Idempotency) -> Router {
     Router::new()
         .route("/orders", post(idempotent_order))
         .route("/held", post(idempotent_held))
-        .with_state(engine(store))
+        .with_state(engine)
+}
+
+fn idem(store: impl Store) -> Router {
+    routes(builder(store).build())
 }
 
 async fn memory() -> Router {
@@ -184,6 +194,11 @@ async fn postgres(url: String) -> Router {
     idem(postgres_store(&url).await)
 }
 
+/// With no record at hand: each repetition asks the database.
+async fn postgres_uncached(url: String) -> Router {
+    routes(builder(postgres_store(&url).await).replay_cache(None).build())
+}
+
 /// The effect of the handlers that have one in the database.
 pub(crate) const EFFECTS: &str = "CREATE TABLE IF NOT EXISTS effects (\
                                   number bigint NOT NULL, receipt bytea NOT NULL)";
@@ -195,7 +210,7 @@ async fn transactional(url: String) -> Router {
     Router::new()
         .route("/orders", post(transactional_order))
         .route("/held", post(transactional_held))
-        .with_state(engine(store))
+        .with_state(builder(store).build())
 }
 
 #[idempotent(anchor = header("Idempotency-Key"), ttl = "24h", transaction)]
@@ -229,9 +244,3 @@ async fn effect(
         .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok((StatusCode::CREATED, Json(receipt)))
 }
-
-/// What a handler written by hand shares with its like.
-#[derive(Clone)]
-pub(crate) struct Pool(pub(crate) PgPool);
-
-pub(crate) type FromPool = State<Pool>;

@@ -119,7 +119,7 @@ impl Connection {
         }
     }
 
-    /// Asks until the time is over, and at least once.
+    /// Asks until the time is over, and at least so many times.
     async fn drive(mut self, mut plan: Plan) -> Result<Driven> {
         let mut latencies = Vec::with_capacity(1024);
         let mut asked = 0;
@@ -138,7 +138,7 @@ impl Connection {
             let now = Instant::now();
             latencies.push(now - sent);
             sent = now;
-            if now > plan.until {
+            if now > plan.until && asked >= plan.at_least {
                 return Ok(Driven { connection: self, latencies, asked });
             }
         }
@@ -169,6 +169,7 @@ struct Plan {
     sessions: Arc<[String]>,
     expected: Answer,
     until: Instant,
+    at_least: u32,
 }
 
 impl Plan {
@@ -203,6 +204,14 @@ pub(crate) struct Burst {
     pub(crate) time: Duration,
     pub(crate) p50: Duration,
     pub(crate) p99: Duration,
+}
+
+/// How many keys are repeated.
+const REPEATED: u32 = 256;
+
+/// Of these, by each of so many connections.
+fn repeated(connections: usize) -> u32 {
+    (REPEATED / connections as u32).max(1)
 }
 
 /// All connections to one server.
@@ -310,7 +319,7 @@ impl Load {
         };
         let template = Template::new(path, body, session);
         let sessions = Arc::clone(&self.sessions);
-        Plan { template, ask, burst, used: 0, sessions, expected, until }
+        Plan { template, ask, burst, used: 0, sessions, expected, until, at_least: 1 }
     }
 
     /// Asks over this many connections at once, for this long.
@@ -321,13 +330,34 @@ impl Load {
         time: Duration,
         expected: Answer,
     ) -> Result<Burst> {
+        self.ask_all(ask, connections, time, expected, 1).await
+    }
+
+    /// Repeats each request that will be repeated once, so that whoever keeps answers at hand has
+    /// them.
+    pub(crate) async fn rehearse(&mut self, connections: usize, expected: Answer) -> Result<()> {
+        let repeated = repeated(connections);
+        self.ask_all(Ask::Again, connections, Duration::ZERO, expected, repeated).await?;
+        Ok(())
+    }
+
+    async fn ask_all(
+        &mut self,
+        ask: Ask,
+        connections: usize,
+        time: Duration,
+        expected: Answer,
+        at_least: u32,
+    ) -> Result<Burst> {
         let mut driving = JoinSet::new();
         let idle = self.connections.split_off(connections);
         let start = Instant::now();
         let until = start + time;
         for connection in std::mem::take(&mut self.connections) {
             let mut plan = self.plan(ask, expected, until);
-            plan.used = self.last.1.get(connection.number).copied().unwrap_or_default();
+            let used = self.last.1.get(connection.number).copied().unwrap_or_default();
+            plan.used = used.min(repeated(connections));
+            plan.at_least = at_least.min(plan.used).max(1);
             driving.spawn(connection.drive(plan));
         }
         let mut used = vec![0; connections];

@@ -126,6 +126,9 @@ async fn measure(options: &Options) -> Result<()> {
     };
     let mut report = Report::new(question, &title, "bench/run stores");
     report.settings = settings(options, databases.values()).await;
+    for database in databases.values() {
+        database.prepare().await;
+    }
     let mut urls = HashMap::new();
     for contender in &contenders {
         if let Some(kind) = contender.database {
@@ -254,19 +257,17 @@ async fn figures(
     callers: usize,
     time: Duration,
 ) -> Result<Vec<(&'static str, f64)>> {
-    let own = vec![std::process::id()];
     let log = match database {
         Some(database) => database.log_bytes().await,
         None => None,
     };
-    let writers = database.map_or_else(|| own.clone(), Server::processes);
-    let disk = written(&writers);
-    let server = database.map(|_| Meter::start(writers.clone()));
-    let own = Meter::start(own);
+    let disk = written(&std::env::temp_dir());
+    let server = database.map(|database| Meter::start(database.processes()));
+    let own = Meter::start(vec![std::process::id()]);
     let burst = load.burst(ask, callers, time).await?;
     let (own, _) = own.stop();
     let server = server.map(|meter| meter.stop().0);
-    let disk = written(&writers) - disk;
+    let disk = written(&std::env::temp_dir()).zip(disk).map(|(after, before)| after - before);
     let micros = |time: Duration| time.as_secs_f64() * 1e6;
     let done = burst.done as f64;
     let mut figures = vec![
@@ -278,7 +279,7 @@ async fn figures(
     ];
     figures.extend(server.map(|server| (figure::DATABASE_CPU, micros(server) / done)));
     if ask == Ask::First {
-        figures.push((figure::DISK_BYTES, disk as f64 / done));
+        figures.extend(disk.map(|disk| (figure::DISK_BYTES, disk as f64 / done)));
         if let (Some(database), Some(before)) = (database, log)
             && let Some(after) = database.log_bytes().await
         {

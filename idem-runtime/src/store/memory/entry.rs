@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::super::{
     StoreErrorKind,
     clock::Millis,
-    row::{Row, is_found},
+    row::{Payload, Row, is_found},
 };
 use crate::{
     fingerprint::PLAIN,
@@ -25,6 +25,22 @@ use crate::{
 /// The layout is this process's own.
 #[derive(Debug)]
 pub(super) struct Entry(Bytes);
+
+/// A row for what is done under a token.
+pub(super) type Bare<'p> = Row<(), Kept<'p>>;
+
+/// The payload of a row, as its entry has it until somebody replaces it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept<'p> {
+    AsItIs,
+    By(&'p [u8]),
+}
+
+impl<'p> Payload<'p> for Kept<'p> {
+    fn of(payload: &'p Bytes) -> Self {
+        Self::By(payload)
+    }
+}
 
 /// Where the parts of one length begin, and at last where they end.
 mod at {
@@ -61,6 +77,7 @@ impl Operations {
 }
 
 /// A text, or where it stands.
+#[derive(Clone, Copy)]
 enum Text {
     Number(usize),
     Length(usize),
@@ -75,16 +92,16 @@ impl Text {
     }
 
     /// A text in a record is far below 2 GiB.
-    const fn to_bytes(&self) -> [u8; 4] {
-        let value = match *self {
+    const fn to_bytes(self) -> [u8; 4] {
+        let value = match self {
             Self::Number(number) => (number as u32) << 1 | 1,
             Self::Length(length) => (length as u32) << 1,
         };
         value.to_ne_bytes()
     }
 
-    const fn length(&self) -> usize {
-        match *self {
+    const fn length(self) -> usize {
+        match self {
             Self::Number(_) => 0,
             Self::Length(length) => length,
         }
@@ -93,12 +110,33 @@ impl Text {
 
 impl Entry {
     pub(super) fn of(row: &Row, operations: &Operations) -> Self {
-        let Fingerprint { scheme, digest } = &row.fingerprint;
-        let text = |number: Option<usize>, text: &str| {
-            number.map_or(Text::Length(text.len()), Text::Number)
+        let number = operations.number(&row.operation);
+        let text = if number.is_some() { "" } else { &*row.operation };
+        let operation = number.map_or(Text::Length(text.len()), Text::Number);
+        Self::encoded(row, &row.payload, operation, text.as_bytes())
+    }
+
+    /// A row of the same operation.
+    pub(super) fn with(&self, row: &Bare<'_>) -> Self {
+        let operation = self.operation();
+        let text = &self.0[at::END..][..operation.length()];
+        let payload = match row.payload {
+            Kept::AsItIs => &self.0[self.texts_end()..],
+            Kept::By(payload) => payload,
         };
-        let operation = text(operations.number(&row.operation), &row.operation);
-        let usual = text(PLAIN.iter().position(|plain| plain == scheme), scheme);
+        Self::encoded(row, payload, operation, text)
+    }
+
+    fn encoded<O, P>(
+        row: &Row<O, P>,
+        payload: &[u8],
+        operation: Text,
+        operation_text: &[u8],
+    ) -> Self {
+        let Fingerprint { scheme, digest } = &row.fingerprint;
+        let usual = PLAIN.iter().position(|plain| plain == scheme);
+        let scheme_text = if usual.is_some() { "" } else { scheme };
+        let scheme = usual.map_or(Text::Length(scheme_text.len()), Text::Number);
         let mut head = [0; at::END];
         put::<{ at::KEY }, 32>(&mut head, *row.key.as_bytes());
         put::<{ at::SCOPE }, 32>(&mut head, *row.scope.as_bytes());
@@ -111,40 +149,49 @@ impl Entry {
         put::<{ at::CREATED }, 8>(&mut head, row.created.to_ne_bytes());
         put::<{ at::ATTEMPT }, 4>(&mut head, row.attempt.to_ne_bytes());
         put::<{ at::OPERATION }, 4>(&mut head, operation.to_bytes());
-        put::<{ at::SCHEME }, 4>(&mut head, usual.to_bytes());
+        put::<{ at::SCHEME }, 4>(&mut head, scheme.to_bytes());
         put::<{ at::FORMAT }, 2>(&mut head, row.format.to_ne_bytes());
         put::<{ at::FLAGS }, 2>(&mut head, row.flags.bits().to_ne_bytes());
         put::<{ at::STATE }, 1>(&mut head, [number(row.state)]);
-        let (operation_length, scheme_length) = (operation.length(), usual.length());
         // Exactly as long as what is in it: the buffer is kept as it is.
-        let length = at::END + operation_length + scheme_length + row.payload.len();
-        let mut bytes = Vec::with_capacity(length);
+        let texts = operation_text.len() + scheme_text.len();
+        let mut bytes = Vec::with_capacity(at::END + texts + payload.len());
         bytes.extend_from_slice(&head);
-        bytes.extend_from_slice(&row.operation.as_bytes()[..operation_length]);
-        bytes.extend_from_slice(&scheme.as_bytes()[..scheme_length]);
-        bytes.extend_from_slice(&row.payload);
+        bytes.extend_from_slice(operation_text);
+        bytes.extend_from_slice(scheme_text.as_bytes());
+        bytes.extend_from_slice(payload);
         Self(Bytes::from(bytes))
     }
 
     /// The row, whose payload is a part of the buffer.
     pub(super) fn row(&self, operations: &Operations) -> Row {
-        let operation = Text::from_bytes(self.get::<{ at::OPERATION }, 4>());
-        let scheme = Text::from_bytes(self.get::<{ at::SCHEME }, 4>());
-        let operation_end = at::END + operation.length();
-        let scheme_end = operation_end + scheme.length();
+        let operation = match self.operation() {
+            Text::Number(number) => operations.0.get(number).cloned().unwrap_or_default(),
+            Text::Length(length) => Arc::from(self.text(at::END..at::END + length)),
+        };
+        self.decoded(operation, self.0.slice(self.texts_end()..))
+    }
+
+    /// The row for what is done under a token.
+    pub(super) fn bare_row<'p>(&self) -> Bare<'p> {
+        self.decoded((), Kept::AsItIs)
+    }
+
+    fn decoded<O, P>(&self, operation: O, payload: P) -> Row<O, P> {
+        let scheme = self.scheme();
+        let operation_end = at::END + self.operation().length();
         Row {
             key: self.key(),
             scope: self.scope(),
-            operation: match operation {
-                Text::Number(number) => operations.0.get(number).cloned().unwrap_or_default(),
-                Text::Length(_) => Arc::from(self.text(at::END..operation_end)),
-            },
+            operation,
             operation_id: self.operation_id(),
             state: state(self.get::<{ at::STATE }, 1>()),
             fingerprint: Fingerprint {
                 scheme: match scheme {
                     Text::Number(number) => Cow::Borrowed(PLAIN.get(number).copied().unwrap_or("")),
-                    Text::Length(_) => Cow::Owned(self.text(operation_end..scheme_end).to_owned()),
+                    Text::Length(_) => {
+                        Cow::Owned(self.text(operation_end..self.texts_end()).to_owned())
+                    }
                 },
                 digest: self.get::<{ at::DIGEST }, 32>(),
             },
@@ -156,8 +203,21 @@ impl Entry {
             created: self.created(),
             format: self.format(),
             flags: Flags::from_bits(u16::from_ne_bytes(self.get::<{ at::FLAGS }, 2>())),
-            payload: self.0.slice(scheme_end..),
+            payload,
         }
+    }
+
+    fn operation(&self) -> Text {
+        Text::from_bytes(self.get::<{ at::OPERATION }, 4>())
+    }
+
+    fn scheme(&self) -> Text {
+        Text::from_bytes(self.get::<{ at::SCHEME }, 4>())
+    }
+
+    /// Where the payload begins.
+    fn texts_end(&self) -> usize {
+        at::END + self.operation().length() + self.scheme().length()
     }
 
     pub(super) fn key(&self) -> Key {
@@ -264,8 +324,16 @@ mod tests {
                 for operation in ["POST /zahlungen/{größe}", ""] {
                     let row = row(state, scheme, operation);
                     assert_eq!(Entry::of(&row, &operations).row(&operations), row);
-                    let bare = Row { payload: Bytes::new(), ..row };
+                    let bare = Row { payload: Bytes::new(), ..row.clone() };
                     assert_eq!(Entry::of(&bare, &operations).row(&operations), bare);
+                    let entry = Entry::of(&row, &operations);
+                    let mut changed = entry.bare_row();
+                    changed.attempt = 7;
+                    let expected = Row { attempt: 7, ..row.clone() };
+                    assert_eq!(entry.with(&changed).row(&operations), expected);
+                    changed.payload = Kept::By(b"other");
+                    let expected = Row { payload: Bytes::from_static(b"other"), ..expected };
+                    assert_eq!(entry.with(&changed).row(&operations), expected);
                 }
             }
         }

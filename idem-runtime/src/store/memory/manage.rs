@@ -24,7 +24,7 @@ impl Shared {
                 if let Some(entry) = entries.find(|entry| entry.operation_id() == operation_id) {
                     return match entry.is_found(FORMAT, now) {
                         Ok(is_found) => {
-                            Ok(is_found.then(|| entry.row(&self.operations).record(now)))
+                            Ok(is_found.then(|| entry.row(&self.operations).into_record(now)))
                         }
                         Err(kind) => Err(StoreError::new(NAME, kind)),
                     };
@@ -76,7 +76,7 @@ impl Shared {
         let now = self.clock.now();
         let place = shard.entries.find_entry(super::hash(key), |entry| entry.is_of(key));
         let Ok(place) = place else { return Purged::default() };
-        if place.get().row(&self.operations).is_leased(now) {
+        if place.get().bare_row().is_leased(now) {
             return Purged { removed: 0, running: 1 };
         }
         let (entry, _) = place.remove();
@@ -93,7 +93,7 @@ impl Shared {
                 let now = self.clock.now();
                 let gone = shard.entries.extract_if(|entry| {
                     let is_theirs = entry.scope() == scope;
-                    let leased = is_theirs && entry.row(&self.operations).is_leased(now);
+                    let leased = is_theirs && entry.bare_row().is_leased(now);
                     let goes = is_theirs && !leased && purged.removed < limit;
                     purged.running += usize::from(leased);
                     purged.removed += usize::from(goes);

@@ -7,7 +7,7 @@ use crate::{
     decision::OnUnknown,
     key::{OperationId, ScopeDigest},
     record::{Fingerprint, Flags, Ttl},
-    store::{Purge, Purged, clock::ManualClock},
+    store::{Purge, Purged, clock::ManualClock, row::Row},
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
