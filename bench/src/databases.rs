@@ -40,11 +40,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub fn postgres_pool(url: &str) -> PgPool {
     let options: PgConnectOptions = url.parse().expect("a URL");
     let options = options.disable_statement_logging();
+    let settings =
+        [("enable_seqscan", "off"), ("jit", "off"), ("plan_cache_mode", "force_generic_plan")];
     PgPoolOptions::new()
         .max_connections(CONNECTIONS)
         .acquire_timeout(PATIENCE)
         .test_before_acquire(false)
-        .connect_lazy_with(options.options([("enable_seqscan", "off"), ("jit", "off")]))
+        .connect_lazy_with(options.options(settings))
 }
 
 /// A pool with the settings that the documentation of idem's store recommends.

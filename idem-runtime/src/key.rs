@@ -21,7 +21,7 @@
 
 mod name;
 
-use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
+use std::{borrow::Cow, fmt, str::FromStr, sync::Arc, time::SystemTime};
 
 use hmac::{Hmac, KeyInit, Mac};
 use percent_encoding::percent_decode_str;
@@ -131,10 +131,15 @@ impl fmt::Debug for Token {
 pub struct OperationId(Uuid);
 
 impl OperationId {
-    /// A fresh operation id (a version 4 UUID).
+    /// A fresh operation id: a version 7 UUID, 74 bits of which are random.
+    ///
+    /// Those of one time begin alike, so that in an index over millions of them a database changes
+    /// few places, and those that it has at hand (RFC 9562 §6.13). Nothing is decided by the time.
     pub fn random() -> Self {
-        let random = rand::random::<u128>().to_ne_bytes();
-        Self(uuid::Builder::from_random_bytes(random).into_uuid())
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        // Good for another half a billion years.
+        let millis = now.as_millis() as u64;
+        Self(uuid::Builder::from_unix_timestamp_millis(millis, &rand::random()).into_uuid())
     }
 
     /// The operation id of a transactional handler, of which nothing is stored before the commit:

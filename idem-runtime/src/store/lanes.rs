@@ -33,10 +33,10 @@ use crate::key::Key;
 const AT_FIRST: usize = 4;
 /// Never fewer: while one statement is flushed to the disk, the next one is on its way.
 const FEWEST: usize = 2;
-/// For each so much of what a statement alone takes there is a lane. A statement keeps a processor
-/// of the server's busy for about as long; the rest of its time it waits, for the disk or on the way,
-/// and as many others can be under way meanwhile. More than that only take the calls from each
-/// other that could have travelled together.
+/// There is a lane for each time that this goes into what a statement takes which is alone. For about
+/// so long it keeps a processor of the server's busy; the rest of its time it waits, for the disk or
+/// on the way, and as many others can be under way meanwhile. More than that only take the calls
+/// from each other that could have travelled together.
 const STATEMENT: Duration = Duration::from_micros(75);
 /// How many calls a statement carries at the most, and how many bytes: whoever comes first waits for
 /// all of them.
@@ -90,6 +90,9 @@ pub(super) trait Passenger: Clone + fmt::Debug + Send + Sync + Sized + 'static {
 
     fn queue(waiting: &mut Waiting) -> &mut VecDeque<Ticket<Self>>;
 
+    /// Whether an answer says that something was written, and so flushed to the disk.
+    fn has_written(answer: &Self::Answer) -> bool;
+
     fn alone(
         &self,
         carrier: &impl Carrier,
@@ -116,6 +119,10 @@ impl Passenger for Claim {
 
     fn queue(waiting: &mut Waiting) -> &mut VecDeque<Ticket<Self>> {
         &mut waiting.claims
+    }
+
+    fn has_written(claimed: &Claimed) -> bool {
+        matches!(claimed, Claimed::Granted(_))
     }
 
     async fn alone(&self, carrier: &impl Carrier) -> Result<Claimed, StoreError> {
@@ -147,6 +154,10 @@ impl Passenger for Completion {
         &mut waiting.completions
     }
 
+    fn has_written(written: &Written) -> bool {
+        matches!(written, Written::Done)
+    }
+
     async fn alone(&self, carrier: &impl Carrier) -> Result<Written, StoreError> {
         carrier.complete_one(self).await
     }
@@ -176,7 +187,7 @@ pub(super) struct Waiting {
     claims: VecDeque<Ticket<Claim>>,
     completions: VecDeque<Ticket<Completion>>,
     arrived: u64,
-    /// What a statement takes at the least, as far as it is known.
+    /// What a statement that writes takes at the least, as far as it is known.
     least: Option<Duration>,
 }
 
@@ -214,7 +225,7 @@ pub(super) async fn carry<C: Carrier, P: Passenger>(
         Entry::Free(lane) => {
             let since = Instant::now();
             let answer = call.alone(carrier).await;
-            if answer.is_ok() {
+            if answer.as_ref().is_ok_and(P::has_written) {
                 carrier.lanes().took(since.elapsed());
             }
             drop(lane);
@@ -294,7 +305,7 @@ impl Lanes {
         let worth = match waiting.least {
             None => AT_FIRST,
             Some(least) => {
-                let worth = least.as_micros().div_ceil(STATEMENT.as_micros());
+                let worth = least.as_micros() / STATEMENT.as_micros();
                 usize::try_from(worth).unwrap_or(usize::MAX).max(FEWEST)
             }
         };

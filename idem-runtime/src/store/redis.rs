@@ -1,12 +1,10 @@
 //! Records in Redis, Valkey or Redis Cluster.
 //!
-//! One key is one record ([`record`]), and whatever changes it is one call of one script on that
-//! key ([`script`]): decided where the record is, by the server's clock, in one round trip. A plain
-//! `SET … NX GET` would do for a fresh claim, at half the server's time (6.5 µs against 13 on a busy
-//! machine with Redis 7.0), but its answer does not say what time it is. The lease's end and the age
-//! could then only be told from the key's own expiry, each script would have to know both forms, and
-//! whoever finds a record, as every replay does, would have to ask again for the time that is left
-//! of it: two round trips, and no less of the server's time than one script.
+//! One key is one record ([`record`]). A first claim is a plain `SET … NX GET`; everything else that
+//! changes a record is one call of a script ([`script`]), decided where the record is and by the
+//! server's clock. A claim that meets a record calls the script too, behind the `SET`: it may be a
+//! claim made before, or on a lease that is over. Only where it meets an answer there is nothing to
+//! decide, and a plain command says how much of its time is left.
 
 mod builder;
 mod connection;
@@ -19,27 +17,29 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
-use redis::{Client, FromRedisValue as _, IntoConnectionInfo};
-use tokio::runtime::Handle;
+use redis::{Client, Cmd, FromRedisValue as _, IntoConnectionInfo};
+use tokio::sync::mpsc::{Receiver, Sender};
 
 pub use self::builder::RedisStoreBuilder;
 use self::{
     connection::{Cause, Connection, Node, command, failure, unexpected, within},
-    record::{decode, millis, ttl_millis, what},
+    record::{IDENTITY, completed, decode, first, is_replay, millis, replay, ttl_millis, what},
     script::{Answer, Outcome, Step},
 };
 use super::{
     Checkpoint, Claim, Claimed, Completion, Issue, Manage, Renewal, Store, StoreError,
-    StoreErrorKind, Wake, Written,
+    StoreErrorKind, Wake, Written, row::Row,
 };
 use crate::{
+    decision::OnUnknown,
     key::{Key, OperationId, Token},
     record::{FORMAT, Fingerprint, Record, Ttl},
 };
@@ -49,6 +49,12 @@ const NAME: &str = "redis";
 /// For how long an operation can be found by its id beyond the time that its record is kept for
 /// when it is claimed: completing prolongs that by as long as the handler runs.
 const HANDLERS_RUN: Duration = Duration::from_secs(3600);
+
+/// How many notes are sent together: the server answers nobody else meanwhile.
+const NOTES_AT_ONCE: usize = 64;
+/// How many notes wait to be sent before some are left out.
+const NOTES_WAITING: usize = 4_096;
+const NOT_NOTED: &str = "an operation cannot be found by its id without a search";
 
 /// A store in Redis (7.0 or newer), Valkey or Redis Cluster: for many processes, and for many
 /// records.
@@ -90,8 +96,9 @@ const HANDLERS_RUN: Duration = Duration::from_secs(3600);
 /// # Permissions
 ///
 /// A user of idem's own needs the keys and channels of its prefix and these commands:
-/// `~idem:* &idem:* +eval +evalsha +time +get +set +del +scan +publish +subscribe +ping +info`, in
-/// a cluster `+cluster +exists`, and `+wait` for [`replicas`](RedisStoreBuilder::replicas).
+/// `~idem:* &idem:* +eval +evalsha +time +pexpiretime +pttl +get +getrange +set +del +scan
+/// +publish +subscribe +ping +info`, in a cluster `+cluster +exists`, and `+wait` for
+/// [`replicas`](RedisStoreBuilder::replicas).
 ///
 /// # TLS
 ///
@@ -122,13 +129,42 @@ struct Shared {
     /// The servers at any of which messages can be heard.
     listeners: Vec<Client>,
     prefix: String,
-    timeout: Duration,
-    /// Whether it is noted where an operation's record is.
-    notes: bool,
+    /// For how long a call as a whole may take.
+    patience: Duration,
+    /// The way to who notes where an operation's record is, unless nobody does.
+    notes: Option<Sender<Cmd>>,
+    firsts: Firsts,
     /// The largest record that the servers take.
     max_bytes: usize,
     /// Where the last sweep ended on each server.
     swept: Mutex<HashMap<Node, u64>>,
+}
+
+/// The records of first claims, as they were written and when, until the claims end: whoever knows
+/// them can say what is to become of them. A store without them asks the servers.
+#[derive(Default)]
+struct Firsts(Mutex<HashMap<Token, First>>);
+
+struct First {
+    since: Instant,
+    record: Vec<u8>,
+}
+
+impl Firsts {
+    /// Of how many they are at the most. That is for claims which never end.
+    const MOST: usize = 16_384;
+
+    fn put(&self, token: Token, record: Vec<u8>) {
+        let mut firsts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if firsts.len() >= Self::MOST {
+            firsts.clear();
+        }
+        firsts.insert(token, First { since: Instant::now(), record });
+    }
+
+    fn take(&self, token: &Token) -> Option<First> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(token)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -188,57 +224,62 @@ fn next_checkpoint() -> u64 {
 
 impl Shared {
     /// The name of a record's key.
-    fn name(&self, key: &Key) -> String {
+    fn name(&self, key: &Key) -> Vec<u8> {
         self.hex("", key.as_bytes())
     }
 
     /// The name of the key that says where an operation's record is.
-    fn operation_name(&self, id: &OperationId) -> String {
+    fn operation_name(&self, id: &OperationId) -> Vec<u8> {
         self.hex("op:", id.as_bytes())
     }
 
-    fn hex(&self, kind: &str, bytes: &[u8]) -> String {
+    fn hex(&self, kind: &str, bytes: &[u8]) -> Vec<u8> {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let mut name = String::with_capacity(self.prefix.len() + kind.len() + 2 * bytes.len());
-        name.push_str(&self.prefix);
-        name.push_str(kind);
-        for byte in bytes {
-            name.push(char::from(DIGITS[usize::from(byte >> 4)]));
-            name.push(char::from(DIGITS[usize::from(byte & 15)]));
+        let start = self.prefix.len() + kind.len();
+        let mut name = Vec::with_capacity(start + 2 * bytes.len());
+        name.extend_from_slice(self.prefix.as_bytes());
+        name.extend_from_slice(kind.as_bytes());
+        name.resize(start + 2 * bytes.len(), 0);
+        for (pair, byte) in name[start..].chunks_exact_mut(2).zip(bytes) {
+            pair[0] = DIGITS[usize::from(byte >> 4)];
+            pair[1] = DIGITS[usize::from(byte & 15)];
         }
         name
     }
 
-    /// For how long a call as a whole may take.
-    const fn patience(&self) -> Duration {
-        self.timeout.saturating_mul(2)
-    }
-
     /// Has one step done to a record.
-    async fn step(self: &Arc<Self>, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
+    async fn step(&self, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
         let name = self.name(key);
         mark!("redis.step.before");
-        let answer = within(self.patience(), self.connection.run(&step, &name)).await;
+        let answer = within(self.patience, self.connection.run(&step, &name)).await;
         mark!("redis.step.answered");
         let answer =
-            answer.inspect_err(|error| self.connection.notice(error, &name, self.patience()))?;
+            answer.inspect_err(|error| self.connection.notice(error, &name, self.patience))?;
         Answer::read(answer).map_err(failure)
     }
 
     /// Has one step done to a record, and waits for the replicas if it is to.
-    async fn step_acknowledged(
-        self: &Arc<Self>,
+    async fn step_acknowledged(&self, key: &Key, step: Step<'_>) -> Result<Answer, StoreError> {
+        match &self.acknowledged {
+            Some((connection, replicas)) => {
+                Box::pin(self.step_on_replicas(key, step, connection, *replicas)).await
+            }
+            None => self.step(key, step).await,
+        }
+    }
+
+    async fn step_on_replicas(
+        &self,
         key: &Key,
         step: Step<'_>,
+        connection: &Connection,
+        replicas: Replicas,
     ) -> Result<Answer, StoreError> {
-        let Some((connection, replicas)) = &self.acknowledged else {
-            return self.step(key, step).await;
-        };
         let name = self.name(key);
         let mut wait = command("WAIT");
         // Zero would be for ever.
         wait.arg(replicas.count).arg(millis(replicas.within).max(1));
-        let patience = self.patience().saturating_add(replicas.within);
+        let patience = self.patience.saturating_add(replicas.within);
         let answers = within(patience, connection.run_and(&step, &name, &wait)).await;
         let [answer, acknowledged] =
             answers.inspect_err(|error| connection.notice(error, &name, patience))?;
@@ -262,13 +303,89 @@ impl Shared {
 
     /// The record that came with an answer.
     fn record(key: &Key, answer: Answer) -> Result<Record, StoreError> {
-        let record = answer.record.ok_or_else(|| failure(unexpected()))?;
+        let Some((record, Some(now))) = answer.record else { return Err(failure(unexpected())) };
         let row = decode(*key, &record).map_err(|kind| StoreError::new(NAME, kind))?;
-        Ok(row.record(answer.now))
+        Ok(row.record(now))
     }
 
-    async fn read(self: &Arc<Self>, key: &Key) -> Result<Option<Record>, StoreError> {
-        let step = Step { name: "read", format: FORMAT, arguments: Vec::new() };
+    /// Makes the record of a first claim, unless what is asked or what is there takes the script.
+    async fn first_claim(&self, claim: &Claim) -> Result<Option<Claimed>, StoreError> {
+        let Some((record, kept)) = first(claim).filter(|_| !claim.issued_only) else {
+            return Ok(None);
+        };
+        let step = Step::First { record: &record, kept };
+        self.check_size(&step)?;
+        match self.step_acknowledged(&claim.key, step).await {
+            Ok(Answer { outcome: Outcome::Done, .. }) => {
+                let granted = Row::fresh(claim, 0).record(0);
+                self.note(&claim.key, &claim.operation_id, granted.kept_left);
+                self.firsts.put(claim.token, record);
+                Ok(Some(Claimed::Granted(granted)))
+            }
+            Ok(Answer { record: Some((met, _)), .. }) if is_replay(&met) => {
+                Box::pin(self.replayed(claim, &met)).await
+            }
+            Ok(_) => Ok(None),
+            // The server did not look whether there is a record, which can be had all the same.
+            Err(error) if error.kind() == StoreErrorKind::Full => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Answers a claim from the completed record that it has met, of which nothing but the time
+    /// that is left is missing. Its end and a purge are all that can follow a completion; who claims
+    /// the key again within this round trip makes no more than that time wrong.
+    async fn replayed(&self, claim: &Claim, met: &Bytes) -> Result<Option<Claimed>, StoreError> {
+        let name = self.name(&claim.key);
+        let mut left = command("PTTL");
+        left.arg(&name);
+        let left = within(self.patience, self.connection.send(&left)).await;
+        let left = left.inspect_err(|error| self.connection.notice(error, &name, self.patience))?;
+        let left = i64::from_redis_value(left).map_err(|error| failure(error.into()))?;
+        Ok(replay(claim.key, met, left, claim.format).map(Claimed::Found))
+    }
+
+    async fn any_claim(&self, claim: &Claim) -> Result<Claimed, StoreError> {
+        let what = what(&claim.operation_id, &claim.scope, &claim.fingerprint, &claim.operation);
+        let reruns = claim.on_unknown == OnUnknown::Rerun;
+        let arguments = [
+            claim.token.as_bytes().into(),
+            what.as_slice().into(),
+            millis(claim.lease).into(),
+            ttl_millis(claim.ttl).into(),
+            claim.issued_only.into(),
+            reruns.into(),
+        ];
+        let step = Step::new("claim", claim.format, arguments);
+        self.check_size(&step)?;
+        let answer = self.step_acknowledged(&claim.key, step).await?;
+        match readable(answer.outcome)? {
+            Outcome::Done => {
+                let record = Self::record(&claim.key, answer)?;
+                if record.attempt == 1 {
+                    self.note(&claim.key, &record.operation_id, record.kept_left);
+                }
+                Ok(Claimed::Granted(record))
+            }
+            Outcome::Refused => Self::record(&claim.key, answer).map(Claimed::Found),
+            _ => Ok(Claimed::Unknown),
+        }
+    }
+
+    async fn any_completion(&self, completion: &Completion) -> Result<Written, StoreError> {
+        let arguments = [
+            completion.token.as_bytes().into(),
+            completion.payload.as_ref().into(),
+            ttl_millis(completion.ttl).into(),
+            u64::from(completion.flags.bits()).into(),
+        ];
+        let step = Step::new("complete", completion.format, arguments);
+        self.check_size(&step)?;
+        self.written(&completion.key, step, true).await
+    }
+
+    async fn read(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        let step = Step::new("read", FORMAT, []);
         let answer = self.step(key, step).await?;
         match readable(answer.outcome)? {
             Outcome::Done => Self::record(key, answer).map(Some),
@@ -278,7 +395,7 @@ impl Shared {
 
     /// Ends a claim or writes under it.
     async fn written(
-        self: &Arc<Self>,
+        &self,
         key: &Key,
         step: Step<'_>,
         acknowledged: bool,
@@ -297,25 +414,30 @@ impl Shared {
 
     /// Notes where the record of an operation is, without keeping its claimant waiting: where the
     /// note is missing, a look-up searches all records.
-    fn note(self: &Arc<Self>, key: &Key, operation_id: &OperationId, kept: Ttl) {
-        let Some(runtime) = self.notes.then(Handle::try_current).and_then(Result::ok) else {
-            return;
-        };
-        let mut note = command("SET");
-        note.arg(self.operation_name(operation_id)).arg(key.as_bytes());
+    fn note(&self, key: &Key, operation_id: &OperationId, kept: Ttl) {
+        let Some(notes) = &self.notes else { return };
+        let mut note = Cmd::with_capacity(5, 3 + self.prefix.len() + 3 + 32 + 32 + 2 + 20);
+        note.arg("SET").arg(self.operation_name(operation_id)).arg(key.as_bytes());
         if let Ttl::For(kept) = kept {
             note.arg("PX").arg(millis(kept.saturating_add(HANDLERS_RUN)));
         }
-        let shared = Arc::clone(self);
-        runtime.spawn(async move {
-            mark!("redis.note.before");
-            let noted = within(shared.patience(), shared.connection.send(&note)).await;
-            mark!("redis.note.answered");
-            if let Err(error) = noted {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, "an operation cannot be found by its id without a search");
-            }
-        });
+        if notes.try_send(note).is_err() {
+            tracing::warn!("{NOT_NOTED}: too many wait to be");
+        }
+    }
+}
+
+/// Writes notes as they come, together what has come meanwhile.
+async fn write_notes(connection: Connection, patience: Duration, mut notes: Receiver<Cmd>) {
+    let mut some = Vec::with_capacity(NOTES_AT_ONCE);
+    while notes.recv_many(&mut some, NOTES_AT_ONCE).await > 0 {
+        mark!("redis.note.before");
+        let noted = within(patience, connection.send_all(some.drain(..))).await;
+        mark!("redis.note.answered");
+        if let Err(error) = noted {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "{NOT_NOTED}");
+        }
     }
 }
 
@@ -331,30 +453,9 @@ const fn readable(outcome: Outcome) -> Result<Outcome, StoreError> {
 impl Store for RedisStore {
     fn claim<'a>(&'a self, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
         Box::pin(async move {
-            let what =
-                what(&claim.operation_id, &claim.scope, &claim.fingerprint, &claim.operation);
-            let reruns = claim.on_unknown == crate::decision::OnUnknown::Rerun;
-            let arguments = vec![
-                claim.token.as_bytes().into(),
-                what.as_slice().into(),
-                millis(claim.lease).into(),
-                ttl_millis(claim.ttl).into(),
-                claim.issued_only.into(),
-                reruns.into(),
-            ];
-            let step = Step { name: "claim", format: claim.format, arguments };
-            self.0.check_size(&step)?;
-            let answer = self.0.step_acknowledged(&claim.key, step).await?;
-            match readable(answer.outcome)? {
-                Outcome::Done => {
-                    let record = Shared::record(&claim.key, answer)?;
-                    if record.attempt == 1 {
-                        self.0.note(&claim.key, &record.operation_id, record.kept_left);
-                    }
-                    Ok(Claimed::Granted(record))
-                }
-                Outcome::Refused => Shared::record(&claim.key, answer).map(Claimed::Found),
-                _ => Ok(Claimed::Unknown),
+            match self.0.first_claim(claim).await? {
+                Some(claimed) => Ok(claimed),
+                None => Box::pin(self.0.any_claim(claim)).await,
             }
         })
     }
@@ -363,14 +464,14 @@ impl Store for RedisStore {
         Box::pin(async move {
             let what =
                 what(&issue.operation_id, &issue.scope, &Fingerprint::NONE, &issue.operation);
-            let arguments = vec![
+            let arguments = [
                 issue.token.as_bytes().into(),
                 what.as_slice().into(),
                 ttl_millis(issue.valid_for).into(),
                 ttl_millis(issue.kept_for).into(),
                 issue.payload.as_ref().into(),
             ];
-            let step = Step { name: "issue", format: issue.format, arguments };
+            let step = Step::new("issue", issue.format, arguments);
             self.0.check_size(&step)?;
             let written = self.0.written(&issue.key, step, true).await?;
             if written == Written::Done {
@@ -388,12 +489,12 @@ impl Store for RedisStore {
         // The order of the calls, whatever becomes of their futures.
         let number = next_checkpoint();
         Box::pin(async move {
-            let arguments = vec![
+            let arguments = [
                 checkpoint.token.as_bytes().into(),
                 checkpoint.payload.as_ref().into(),
                 number.into(),
             ];
-            let step = Step { name: "checkpoint", format: checkpoint.format, arguments };
+            let step = Step::new("checkpoint", checkpoint.format, arguments);
             self.0.check_size(&step)?;
             self.0.written(&checkpoint.key, step, true).await
         })
@@ -404,15 +505,15 @@ impl Store for RedisStore {
         completion: &'a Completion,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            let arguments = vec![
-                completion.token.as_bytes().into(),
-                completion.payload.as_ref().into(),
-                ttl_millis(completion.ttl).into(),
-                u64::from(completion.flags.bits()).into(),
-            ];
-            let step = Step { name: "complete", format: completion.format, arguments };
-            self.0.check_size(&step)?;
-            self.0.written(&completion.key, step, true).await
+            if let Some(first) = self.0.firsts.take(&completion.token)
+                && let Some((record, kept)) =
+                    completed(&first.record, first.since.elapsed(), completion)
+            {
+                let step = Step::complete(&first.record[..IDENTITY], &record, kept);
+                self.0.check_size(&step)?;
+                return self.0.written(&completion.key, step, true).await;
+            }
+            Box::pin(self.0.any_completion(completion)).await
         })
     }
 
@@ -422,8 +523,8 @@ impl Store for RedisStore {
         token: &'a Token,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            let arguments = vec![token.as_bytes().into()];
-            let step = Step { name: "release", format: FORMAT, arguments };
+            drop(self.0.firsts.take(token));
+            let step = Step::new("release", FORMAT, [token.as_bytes().into()]);
             self.0.written(key, step, false).await
         })
     }
@@ -434,8 +535,8 @@ impl Store for RedisStore {
         token: &'a Token,
     ) -> BoxFuture<'a, Result<Written, StoreError>> {
         Box::pin(async move {
-            let arguments = vec![token.as_bytes().into()];
-            let step = Step { name: "forget", format: FORMAT, arguments };
+            drop(self.0.firsts.take(token));
+            let step = Step::new("forget", FORMAT, [token.as_bytes().into()]);
             self.0.written(key, step, false).await
         })
     }
@@ -444,8 +545,8 @@ impl Store for RedisStore {
     fn renew<'a>(&'a self, claims: &'a [Renewal]) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
         Box::pin(async move {
             let renewals = claims.iter().map(async |renewal| {
-                let arguments = vec![renewal.token.as_bytes().into(), millis(renewal.lease).into()];
-                let step = Step { name: "renew", format: FORMAT, arguments };
+                let arguments = [renewal.token.as_bytes().into(), millis(renewal.lease).into()];
+                let step = Step::new("renew", FORMAT, arguments);
                 let answer = self.0.step(&renewal.key, step).await?;
                 // A record that this release cannot read is not one that it holds.
                 Ok(answer.outcome == Outcome::Done)

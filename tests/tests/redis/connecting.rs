@@ -48,8 +48,8 @@ async fn servers_that_drop_records_are_refused_unless_that_is_known() {
 
 #[tokio::test]
 async fn a_user_of_its_own_needs_few_permissions() {
-    let permitted = "~idem:* &idem:* +eval +evalsha +time +get +set +del +scan +publish +subscribe \
-                     +ping +info";
+    let permitted = "~idem:* &idem:* +eval +evalsha +time +pexpiretime +pttl +get +getrange +set +del \
+                     +scan +publish +subscribe +ping +info";
     let (single, cluster) = (Redis::start_own(), Cluster::shared());
     for nodes in [std::slice::from_ref(&single), cluster.nodes()] {
         let is_cluster = nodes.len() > 1;

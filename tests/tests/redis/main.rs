@@ -37,17 +37,33 @@ struct Fixture {
 }
 
 /// Brings all instants of a record forward, but for those that never come. Redis's own expiry
-/// stays, so that what is over is still there to be judged, refused and swept.
+/// stays, so that what is over is still there to be judged, refused and swept. Where a record has
+/// spans, which count from its expiry, that is brought forward too, or if it would then be near the
+/// spans become instants.
 const SHIFT: &str = "
     local value = redis.call('GET', KEYS[1])
-    for at = 10, 34, 8 do
+    local function shift(at, by)
         local instant = struct.unpack('>I8', value, at)
         if instant < 9007199254740991 then
-            instant = math.max(instant - ARGV[1], 0)
+            instant = math.max(instant - by, 0)
             value = value:sub(1, at - 1) .. struct.pack('>I8', instant) .. value:sub(at + 8)
         end
     end
-    redis.call('SET', KEYS[1], value, 'KEEPTTL')";
+    local state = value:byte(3)
+    local expiry, now = redis.call('PEXPIRETIME', KEYS[1]), redis.call('TIME')
+    local is_brought_forward = state >= 4 and expiry - ARGV[1] > now[1] * 1000 + 60000
+    if state >= 4 and not is_brought_forward then
+        local since = expiry - struct.unpack('>I8', value, 26)
+        local created = since - struct.unpack('>I8', value, 34)
+        value = value:sub(1, 2) .. string.char(state - 4) .. value:sub(4, 33)
+            .. struct.pack('>I8', created) .. value:sub(42)
+        for at = 10, 26, 8 do shift(at, -since) end
+    end
+    if value:byte(3) < 4 then
+        for at = 10, 34, 8 do shift(at, ARGV[1]) end
+    end
+    redis.call('SET', KEYS[1], value, 'KEEPTTL')
+    if is_brought_forward then redis.call('PEXPIREAT', KEYS[1], expiry - ARGV[1]) end";
 
 fn own() -> (RedisStoreBuilder, String) {
     let prefix = format!("test-{:016x}:", rand::random::<u64>());

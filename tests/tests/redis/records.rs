@@ -68,6 +68,43 @@ async fn redis_removes_what_is_over_by_itself() {
     );
 }
 
+/// The usual way of a request, which is to cost the server no more than it must.
+#[tokio::test]
+async fn a_first_claim_and_a_replay_call_no_script_and_a_completion_a_short_one() {
+    let server = Redis::start_own();
+    let store = RedisStore::connect(server.url()).await.expect("a connection");
+    let calls = |command: &str| {
+        let all: String = server.ask(&["INFO", "commandstats"]).expect("an answer");
+        let of = format!("cmdstat_{command}:calls=");
+        let calls = all.lines().find_map(|line| line.strip_prefix(&of)?.split(',').next());
+        calls.map_or(0, |calls| calls.parse::<u32>().expect("a number"))
+    };
+    let claim = any_claim();
+    let granted = store.claim(&claim).await;
+    assert!(matches!(granted, Ok(Claimed::Granted(record)) if record.attempt == 1));
+    assert_eq!([calls("evalsha"), calls("eval")], [0, 0]);
+    let answer = answer_of(&claim, b"answer");
+    assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    // The server has not known the script before.
+    assert_eq!([calls("evalsha"), calls("eval"), calls("getrange")], [1, 1, 1]);
+    assert_eq!([calls("time"), calls("get")], [0, 0]);
+    let replayed = store.claim(&claim_on(claim.key)).await;
+    assert!(matches!(replayed, Ok(Claimed::Found(record)) if record.payload == answer.payload));
+    assert_eq!([calls("evalsha"), calls("eval"), calls("pttl")], [1, 1, 1]);
+
+    // What is no longer as its first claim made it.
+    let renewed = any_claim();
+    store.claim(&renewed).await.expect("an answer");
+    let renewal = Renewal { key: renewed.key, token: renewed.token, lease: 2 * TTL };
+    assert_eq!(store.renew(&[renewal]).await.expect("an answer"), [true]);
+    let answer = answer_of(&renewed, b"answer");
+    let times = calls("time");
+    assert_eq!(store.complete(&answer).await.expect("an answer"), Written::Done);
+    assert_eq!(calls("time"), times + 1, "all of the script");
+    let replayed = store.claim(&claim_on(renewed.key)).await;
+    assert!(matches!(replayed, Ok(Claimed::Found(record)) if record.payload == answer.payload));
+}
+
 #[tokio::test]
 async fn a_losing_claim_writes_nothing() {
     let server = Redis::start_own();
@@ -129,27 +166,38 @@ async fn what_is_no_record_is_refused_and_kept() {
     let mut connection = Client::open(server.url()).expect("a URL").get_connection().expect("it");
     let sound = any_claim();
     store.claim(&sound).await.expect("an answer");
-    let record: Vec<u8> = connection.get(name(&prefix, &sound.key)).expect("a record");
-    let damage = |at: usize, byte: u8| {
-        let mut record = record.clone();
+    let mut get =
+        |claim: &Claim| -> Vec<u8> { connection.get(name(&prefix, &claim.key)).expect("a record") };
+    // What is as its first claim made it has spans; whatever a script has written, instants.
+    let spans = get(&sound);
+    let renewal = Renewal { key: sound.key, token: sound.token, lease: TTL };
+    assert_eq!(store.renew(&[renewal]).await.expect("an answer"), [true]);
+    let instants = get(&sound);
+    assert_eq!((spans[2], instants[2]), (5, 1), "running");
+    let damage = |record: &[u8], at: usize, byte: u8| {
+        let mut record = record.to_owned();
         record[at] = byte;
         record
     };
     let damaged = [
         (vec![], StoreErrorKind::Corrupt),
         (b"\0\x01".to_vec(), StoreErrorKind::Corrupt),
-        (record[..152].to_vec(), StoreErrorKind::Corrupt),
-        (damage(1, 0), StoreErrorKind::Corrupt),
-        (damage(2, 4), StoreErrorKind::Corrupt),
-        (damage(145, 1), StoreErrorKind::Corrupt),
-        (damage(17, 1), StoreErrorKind::Corrupt),
-        (damage(0, 1), StoreErrorKind::Newer),
+        (instants[..152].to_vec(), StoreErrorKind::Corrupt),
+        (spans[..152].to_vec(), StoreErrorKind::Corrupt),
+        (damage(&instants, 1, 0), StoreErrorKind::Corrupt),
+        (damage(&instants, 2, 8), StoreErrorKind::Corrupt),
+        (damage(&instants, 145, 1), StoreErrorKind::Corrupt),
+        (damage(&spans, 145, 1), StoreErrorKind::Corrupt),
+        (damage(&instants, 17, 1), StoreErrorKind::Corrupt),
+        (damage(&spans, 17, 1), StoreErrorKind::Corrupt),
+        (damage(&instants, 0, 1), StoreErrorKind::Newer),
+        (damage(&spans, 0, 1), StoreErrorKind::Newer),
         (b"\xff\xff whatever comes".to_vec(), StoreErrorKind::Newer),
     ];
     for (bytes, kind) in damaged {
         let claim = any_claim();
         let name = name(&prefix, &claim.key);
-        let _: () = connection.set(&name, &bytes).expect("an answer");
+        let _: () = connection.pset_ex(&name, &bytes, 3_600_000).expect("an answer");
         let kinds = [
             store.claim(&claim).await.expect_err("no record").kind(),
             store.read(&claim.key).await.expect_err("no record").kind(),
@@ -163,9 +211,13 @@ async fn what_is_no_record_is_refused_and_kept() {
             let purge = Purge::Key(claim.key);
             let purged = store.manage().expect("a search").purge(&purge).await;
             assert_eq!(purged.expect("an answer").removed, 1, "{bytes:?}");
-            let _: () = connection.set(&name, &bytes).expect("an answer");
+            let _: () = connection.pset_ex(&name, &bytes, 3_600_000).expect("an answer");
         }
     }
+    let timeless = any_claim();
+    let _: () = connection.set(name(&prefix, &timeless.key), &spans).expect("an answer");
+    let refused = store.claim(&timeless).await.expect_err("spans that count from no instant");
+    assert_eq!(refused.kind(), StoreErrorKind::Corrupt);
     let claim = any_claim();
     let _: () = connection.lpush(name(&prefix, &claim.key), "a list").expect("an answer");
     let refused = store.claim(&claim).await.expect_err("a list is no record");

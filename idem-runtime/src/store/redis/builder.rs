@@ -16,9 +16,12 @@ use redis::{
     io::tcp::{TcpSettings, socket2::TcpKeepalive},
 };
 
+use tokio::sync::mpsc;
+
 use super::{
-    RedisStore, Replicas, Shared,
+    Firsts, NOTES_WAITING, RedisStore, Replicas, Shared,
     connection::{Cause, Connection, Node, command, failure},
+    write_notes,
 };
 use crate::store::StoreError;
 
@@ -75,7 +78,7 @@ impl RedisStoreBuilder {
     }
 
     /// For how long a server may be silent before a call is given up or, in a cluster, tried once
-    /// more; a call as a whole may take twice as long. One second by default.
+    /// more, where a call as a whole may take twice as long. One second by default.
     pub fn timeout(mut self, time: Duration) -> Self {
         self.timeout = time;
         self
@@ -137,12 +140,9 @@ impl RedisStoreBuilder {
         let server = server.set_tcp_settings(self.tcp_settings());
         let client = Client::open(server).map_err(failure)?;
         self.listeners.push(client.clone());
-        let connection = self.manager(&client, self.timeout).await?;
+        let connection = self.manager(&client).await?;
         let acknowledged = match self.replicas {
-            Some(replicas) => {
-                let timeout = self.timeout.saturating_add(replicas.within);
-                Some((self.manager(&client, timeout).await?, replicas))
-            }
+            Some(replicas) => Some((self.manager(&client).await?, replicas)),
             None => None,
         };
         self.finish(connection, acknowledged).await
@@ -212,19 +212,22 @@ impl RedisStoreBuilder {
     }
 
     /// A host that has vanished, so that nothing is acknowledged any more, is noticed before the
-    /// system's own quarter of an hour is over, and on a connection that only listens too.
+    /// system's own quarter of an hour is over, and on a connection that only listens too. Nagle's
+    /// algorithm stays on, as the client has it: what is sent while something else is on its way
+    /// goes together, which costs it a part of a round trip and both sides much less.
     fn tcp_settings(&self) -> TcpSettings {
         let keepalive = TcpKeepalive::new().with_time(PROBED_AFTER);
-        let settings = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
+        let settings = TcpSettings::default().set_keepalive(keepalive);
         #[cfg(target_os = "linux")]
         let settings = settings.set_user_timeout(self.timeout.saturating_mul(2));
         settings
     }
 
-    async fn manager(&self, client: &Client, timeout: Duration) -> Result<Connection, StoreError> {
+    async fn manager(&self, client: &Client) -> Result<Connection, StoreError> {
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(self.timeout))
-            .set_response_timeout(Some(timeout))
+            // Each call has one of its own.
+            .set_response_timeout(None)
             .set_max_delay(self.timeout)
             .set_number_of_retries(3);
         let connected = ConnectionManager::new_with_config(client.clone(), config).await;
@@ -263,13 +266,20 @@ impl RedisStoreBuilder {
             let limit: HashMap<String, usize> = redis::from_redis_value(limit.ok()?).ok()?;
             limit.into_values().next()
         });
+        let patience = if connection.is_single() { self.timeout } else { time };
+        let notes = self.notes.then(|| {
+            let (notes, waiting) = mpsc::channel(NOTES_WAITING);
+            tokio::spawn(write_notes(connection.clone(), patience, waiting));
+            notes
+        });
         Ok(RedisStore(Arc::new(Shared {
             connection,
             acknowledged,
             listeners: self.listeners,
             prefix: self.prefix,
-            timeout: self.timeout,
-            notes: self.notes,
+            patience,
+            notes,
+            firsts: Firsts::default(),
             max_bytes: limits.min().unwrap_or(LARGEST_VALUE),
             swept: Mutex::default(),
         })))

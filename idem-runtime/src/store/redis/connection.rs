@@ -6,10 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::{FutureExt as _, future::join_all};
 use redis::{
     Cmd, ErrorKind, FromRedisValue as _, InfoDict, Pipeline, RedisError, RedisResult,
     ServerErrorKind, Value,
-    aio::ConnectionManager,
+    aio::{ConnectionLike as _, ConnectionManager},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
     cluster_routing::{
@@ -119,15 +120,39 @@ impl Connection {
     /// Sends a command to where it belongs.
     pub(super) async fn send(&self, command: &Cmd) -> RedisResult<Value> {
         match &self.way {
-            Way::Single(connection) => command.query_async(&mut connection.clone()).await,
-            Way::Cluster(cluster) => command.query_async(&mut cluster.get()).await,
+            Way::Single(connection) => {
+                connection.clone().send_packed_command(command).await?.extract_error()
+            }
+            Way::Cluster(cluster) => {
+                cluster.get().req_packed_command(command).await?.extract_error()
+            }
         }
     }
 
+    /// Sends commands whose answers are of no interest; the first error is told.
+    pub(super) async fn send_all(&self, commands: impl Iterator<Item = Cmd>) -> RedisResult<()> {
+        let answers = match &self.way {
+            Way::Single(connection) => {
+                let mut all = Pipeline::new();
+                for command in commands {
+                    all.add_command(command);
+                }
+                connection.clone().send_packed_commands(&all, 0, all.len()).await?
+            }
+            Way::Cluster(_) => {
+                let sent = commands.map(async |command| self.send(&command).await);
+                join_all(sent).await.into_iter().collect::<RedisResult<_>>()?
+            }
+        };
+        answers.into_iter().try_for_each(|answer| answer.extract_error().map(drop))
+    }
+
     /// Has a step done to the record of this name, and the server taught it if it must be.
-    pub(super) async fn run(&self, step: &Step<'_>, name: &str) -> RedisResult<Value> {
+    pub(super) async fn run(&self, step: &Step<'_>, name: &[u8]) -> RedisResult<Value> {
         match self.send(&step.call(name)).await {
-            Err(error) if is_unknown_script(&error) => self.send(&step.teach(name)).await,
+            Err(error) if is_unknown_script(&error) => {
+                Box::pin(async { self.send(&step.teach(name)).await }).await
+            }
             answer => answer,
         }
     }
@@ -137,7 +162,7 @@ impl Connection {
     pub(super) async fn run_and(
         &self,
         step: &Step<'_>,
-        name: &str,
+        name: &[u8],
         then: &Cmd,
     ) -> RedisResult<[Value; 2]> {
         match self.send_both(name, step.call(name), then).await {
@@ -148,7 +173,7 @@ impl Connection {
         }
     }
 
-    async fn send_both(&self, name: &str, first: Cmd, then: &Cmd) -> RedisResult<[Value; 2]> {
+    async fn send_both(&self, name: &[u8], first: Cmd, then: &Cmd) -> RedisResult<[Value; 2]> {
         let mut both = Pipeline::with_capacity(2);
         both.add_command(first).add_command(then.clone());
         let answers = match &self.way {
@@ -167,7 +192,7 @@ impl Connection {
     /// Sees to it that a server which is silent or no longer a master is not asked for ever, where
     /// an error about the record of this name says that there is one: one look-up at a time,
     /// however many calls meet it.
-    pub(super) fn notice(&self, error: &StoreError, name: &str, time: Duration) {
+    pub(super) fn notice(&self, error: &StoreError, name: &[u8], time: Duration) {
         let is_to_look = match self.way {
             Way::Single(_) => is_read_only(error),
             Way::Cluster(_) => error.kind() == StoreErrorKind::TimedOut,
@@ -202,7 +227,7 @@ impl Connection {
     /// slot has moved, the client goes on with nothing but looking up the slots, and waits for that
     /// lock for ever. Some forty calls under way at a failover are enough. A new connection knows
     /// nothing of it.
-    async fn look_again(&self, key: &str, time: Duration) -> Result<(), StoreError> {
+    async fn look_again(&self, key: &[u8], time: Duration) -> Result<(), StoreError> {
         let Way::Cluster(cluster) = &self.way else {
             return within(time, self.send(&command("QUIT"))).await.map(drop);
         };
@@ -295,14 +320,14 @@ pub(super) fn unexpected() -> RedisError {
 }
 
 /// Waits for an answer, but not for longer than this.
-pub(super) async fn within<T>(
+pub(super) fn within<T>(
     time: Duration,
     answer: impl Future<Output = RedisResult<T>>,
-) -> Result<T, StoreError> {
-    match tokio::time::timeout(time, answer).await {
+) -> impl Future<Output = Result<T, StoreError>> {
+    tokio::time::timeout(time, answer).map(|answer| match answer {
         Ok(answer) => answer.map_err(failure),
         Err(late) => Err(StoreError::caused_by(NAME, StoreErrorKind::TimedOut, late)),
-    }
+    })
 }
 
 pub(super) fn failure(error: RedisError) -> StoreError {

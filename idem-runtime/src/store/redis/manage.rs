@@ -5,10 +5,7 @@
 //! million keys such a search takes them some seconds of work. Keys that move between nodes
 //! meanwhile may be missed.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, PoisonError},
-};
+use std::{collections::BTreeMap, sync::PoisonError};
 
 use futures_util::future::{BoxFuture, join_all};
 use redis::FromRedisValue as _;
@@ -42,7 +39,7 @@ struct Keys {
 
 impl Shared {
     async fn masters(&self) -> Result<Vec<Node>, StoreError> {
-        let masters = self.connection.send_to_all(self.patience(), command("PING")).await?;
+        let masters = self.connection.send_to_all(self.patience, command("PING")).await?;
         Ok(masters.into_iter().map(|(node, _)| node).collect())
     }
 
@@ -51,7 +48,7 @@ impl Shared {
         let mut scan = command("SCAN");
         scan.arg(from).arg("MATCH").arg(self.pattern()).arg("COUNT").arg(KEYS_AT_ONCE);
         scan.arg("TYPE").arg("string");
-        let answer = within(self.patience(), self.connection.send_to(node, scan)).await?;
+        let answer = within(self.patience, self.connection.send_to(node, scan)).await?;
         let (next, names): (u64, Vec<Vec<u8>>) =
             redis::from_redis_value(answer).map_err(|error| failure(error.into()))?;
         let keys =
@@ -73,10 +70,7 @@ impl Shared {
     }
 
     /// Goes through all records, without their payloads, until it is told to stop.
-    async fn for_each(
-        self: &Arc<Self>,
-        mut visit: impl FnMut(Row, Millis) -> bool,
-    ) -> Result<(), StoreError> {
+    async fn for_each(&self, mut visit: impl FnMut(Row, Millis) -> bool) -> Result<(), StoreError> {
         for node in self.masters().await? {
             let mut from = 0;
             loop {
@@ -99,19 +93,19 @@ impl Shared {
 
     /// Reads a record of any format without its payload. One that cannot be read is passed over: to
     /// find others does not depend on it.
-    async fn look(self: &Arc<Self>, key: &Key) -> Result<Option<(Row, Millis)>, StoreError> {
-        let step = Step { name: "look", format: u16::MAX, arguments: Vec::new() };
+    async fn look(&self, key: &Key) -> Result<Option<(Row, Millis)>, StoreError> {
+        let step = Step::new("look", u16::MAX, []);
         let answer = self.step(key, step).await?;
-        let row = answer.record.and_then(|record| decode(*key, &record).ok());
+        let row = answer.record.and_then(|(record, now)| Some((decode(*key, &record).ok()?, now?)));
         if row.is_none() && answer.outcome != Outcome::Nothing {
             tracing::warn!(?key, "a damaged record is passed over");
         }
-        Ok(row.map(|row| (row, answer.now)))
+        Ok(row)
     }
 
     /// Removes a record of any format, unless it is running. `None` says that there was none.
-    async fn purge(self: &Arc<Self>, key: &Key) -> Result<Option<bool>, StoreError> {
-        let step = Step { name: "purge", format: u16::MAX, arguments: Vec::new() };
+    async fn purge(&self, key: &Key) -> Result<Option<bool>, StoreError> {
+        let step = Step::new("purge", u16::MAX, []);
         let answer = self.step(key, step).await?;
         Ok(match readable(answer.outcome)? {
             Outcome::Done => Some(true),
@@ -120,7 +114,7 @@ impl Shared {
         })
     }
 
-    pub(super) async fn sweep(self: &Arc<Self>, limit: usize) -> Result<usize, StoreError> {
+    pub(super) async fn sweep(&self, limit: usize) -> Result<usize, StoreError> {
         let mut removed = 0;
         for node in self.masters().await? {
             let (mut looked, mut scans) = (0, 0);
@@ -161,8 +155,8 @@ impl Shared {
         swept.get(node).copied().unwrap_or(0)
     }
 
-    async fn sweep_one(self: &Arc<Self>, key: &Key) -> Result<bool, StoreError> {
-        let step = Step { name: "sweep", format: FORMAT, arguments: Vec::new() };
+    async fn sweep_one(&self, key: &Key) -> Result<bool, StoreError> {
+        let step = Step::new("sweep", FORMAT, []);
         Ok(self.step(key, step).await?.outcome == Outcome::Done)
     }
 
@@ -170,7 +164,7 @@ impl Shared {
     async fn noted(&self, operation_id: &OperationId) -> Result<Option<Key>, StoreError> {
         let mut note = command("GET");
         note.arg(self.operation_name(operation_id));
-        let note = within(self.patience(), self.connection.send(&note)).await?;
+        let note = within(self.patience, self.connection.send(&note)).await?;
         let note: Option<Vec<u8>> =
             Option::from_redis_value(note).map_err(|error| failure(error.into()))?;
         let Some(note) = note else { return Ok(None) };

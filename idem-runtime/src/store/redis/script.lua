@@ -1,18 +1,18 @@
 -- Everything that is done to one record, each time in one atomic step.
 --
 -- KEYS[1] is the record's key. ARGV[1] says what to do, ARGV[2] is the newest format that the caller
--- reads; what else there is, each step says. The answer is the outcome, the server's time in
--- milliseconds and, where it helps the caller, the record. Its layout is explained in `record.rs`.
+-- reads; what else there is, each step says. The answer is the outcome or, where a record helps the
+-- caller, the outcome, the server's time in milliseconds and the record. Its layout is explained in
+-- `record.rs`.
 --
 -- A record that is not changed is not written: a claim that loses costs nobody's disk or replica
 -- anything. Of a call that was made before, the record is written again as it is, so that whoever
 -- waits for replicas afterwards waits for that record too.
-
 --
 -- It is written for the server's time, which all clients share: local variables instead of tables
 -- and functions, and one place at the end that writes.
 
-local ISSUED, RUNNING, RELEASED, COMPLETED = 0, 1, 2, 3
+local ISSUED, RUNNING, RELEASED, COMPLETED, SPANS = 0, 1, 2, 3, 4
 local DONE, REFUSED, NOTHING, NEWER, CORRUPT = 0, 1, 2, 3, 4
 -- The end of what lasts for ever: the largest integer up to which a number here is exact. No sum
 -- with it is less, and none is written.
@@ -34,20 +34,29 @@ local exists = false
 if raw then
     local scheme, operation, body
     format = #raw >= 2 and struct.unpack('>I2', raw) or 0
-    if format > reads then return {NEWER, now} end
+    if format > reads then return NEWER end
     local is_sound = format > 0 and #raw >= FIXED
     if is_sound then
         format, state, flags, attempt, lease_end, valid, kept, created, stamp =
             struct.unpack(NUMBERS, raw)
         scheme, operation = struct.unpack('>I4I4', raw, FIXED - 7)
         body = FIXED + scheme + operation
-        is_sound = state <= COMPLETED and valid <= kept and body <= #raw
+        is_sound = state <= SPANS + COMPLETED and valid <= kept and body <= #raw
+    end
+    if is_sound and state >= SPANS then
+        local expiry = redis.call('PEXPIRETIME', key)
+        local since = expiry - kept
+        is_sound = expiry > 0
+        state, lease_end, valid, kept = state - SPANS, since + lease_end, since + valid, expiry
+        created = since - created
+        raw = is_sound and struct.pack(NUMBERS, format, state, flags, attempt, lease_end, valid, kept,
+            created, stamp) .. raw:sub(HEAD - 15)
     end
     if not is_sound then
         -- Only who purges it can help.
-        if step ~= 'purge' then return {CORRUPT, now} end
+        if step ~= 'purge' then return CORRUPT end
         redis.call('DEL', key)
-        return {DONE, now}
+        return DONE
     end
     exists = kept > now
     if exists then
@@ -60,15 +69,15 @@ if raw then
 end
 
 if step == 'read' or step == 'look' then
-    return {NOTHING, now}
+    return NOTHING
 elseif step == 'sweep' then
-    if exists or not raw then return {NOTHING, now} end
+    if exists or not raw then return NOTHING end
     redis.call('DEL', key)
-    return {DONE, now}
+    return DONE
 elseif step == 'purge' then
-    if exists and state == RUNNING and lease_end > now then return {REFUSED, now} end
+    if exists and state == RUNNING and lease_end > now then return REFUSED end
     redis.call('DEL', key)
-    return {exists and DONE or NOTHING, now}
+    return exists and DONE or NOTHING
 end
 
 local token = ARGV[3]
@@ -81,7 +90,7 @@ if step == 'claim' then
     -- What the request is, its lease, its time to live, whether only an issued key will do, and
     -- whether an unknown outcome is run again.
     if not exists then
-        if ARGV[7] == '1' then return {NOTHING, now} end
+        if ARGV[7] == '1' then return NOTHING end
         format, flags, attempt, created, what, payload = reads, 0, 1, now, ARGV[4], ''
         state, owner, lease_end, stamp = RUNNING, token, now, 0
     elseif not is_held then
@@ -113,10 +122,10 @@ elseif step == 'issue' then
         kept = math.max(math.min(now + ARGV[6], NEVER), valid)
     end
 elseif not exists then
-    return {NOTHING, now}
+    return NOTHING
 elseif step == 'renew' then
     -- For how long it holds from now.
-    if not is_held then return {REFUSED, now} end
+    if not is_held then return REFUSED end
     lease = ARGV[4]
 elseif step == 'complete' then
     -- The answer, its time to live and its flags.
@@ -140,7 +149,7 @@ elseif step == 'release' then
 elseif step == 'forget' then
     if is_held and not is_issued then
         redis.call('DEL', key)
-        return {DONE, now}
+        return DONE
     elseif is_held then
         state, attempt, lease_end = ISSUED, 0, now
     elseif not is_issued or state ~= ISSUED or owner ~= token then
@@ -168,4 +177,4 @@ if kept >= NEVER then
 else
     redis.call('SET', key, value, 'PXAT', kept)
 end
-return step == 'claim' and {DONE, now, value} or {DONE, now}
+return step == 'claim' and {DONE, now, value} or DONE

@@ -8,12 +8,16 @@ use redis::{Cmd, FromRedisValue as _, RedisResult, Value};
 use super::connection::unexpected;
 use crate::store::clock::Millis;
 
-/// What is done to a record, with what the script is told about it.
-pub(super) struct Step<'a> {
-    pub(super) name: &'static str,
-    /// The newest format that the caller reads, and the one of what it writes.
-    pub(super) format: u16,
-    pub(super) arguments: Vec<Argument<'a>>,
+/// What is done to a record: one command on its key.
+pub(super) enum Step<'a> {
+    /// Makes the record of a first claim, if there is none: a plain `SET`.
+    First {
+        record: &'a [u8],
+        /// For how many milliseconds it is kept.
+        kept: u64,
+    },
+    /// Calls a script.
+    Script { script: &'static Script, arguments: Vec<Argument<'a>> },
 }
 
 pub(super) enum Argument<'a> {
@@ -60,20 +64,31 @@ pub(super) enum Outcome {
     Corrupt,
 }
 
-/// The script's answer.
+/// The answer to a step.
 pub(super) struct Answer {
     pub(super) outcome: Outcome,
-    /// The server's clock.
-    pub(super) now: Millis,
-    pub(super) record: Option<Bytes>,
+    /// The record, and the server's clock unless it is a plain `SET` that met it.
+    pub(super) record: Option<(Bytes, Option<Millis>)>,
 }
 
 impl Answer {
     pub(super) fn read(answer: Value) -> RedisResult<Self> {
-        let Value::Array(parts) = answer else { return Err(unexpected()) };
-        let mut parts = parts.into_iter();
-        let mut part = || parts.next().ok_or_else(unexpected);
-        let outcome = match i64::from_redis_value(part()?)? {
+        let (outcome, record) = match answer {
+            Value::Int(outcome) => (outcome, None),
+            Value::Array(parts) => {
+                let Ok([outcome, now, Value::BulkString(record)]) = <[_; 3]>::try_from(parts)
+                else {
+                    return Err(unexpected());
+                };
+                let now = Millis::from_redis_value(now)?;
+                (i64::from_redis_value(outcome)?, Some((record.into(), Some(now))))
+            }
+            // To a plain `SET`: that there was nothing, or what there is.
+            Value::Nil => (0, None),
+            Value::BulkString(record) => (1, Some((record.into(), None))),
+            _ => return Err(unexpected()),
+        };
+        let outcome = match outcome {
             0 => Outcome::Done,
             1 => Outcome::Refused,
             2 => Outcome::Nothing,
@@ -81,25 +96,19 @@ impl Answer {
             4 => Outcome::Corrupt,
             _ => return Err(unexpected()),
         };
-        let now = Millis::from_redis_value(part()?)?;
-        let record = match parts.next() {
-            Some(Value::BulkString(record)) => Some(record.into()),
-            None => None,
-            Some(_) => return Err(unexpected()),
-        };
-        Ok(Self { outcome, now, record })
+        Ok(Self { outcome, record })
     }
 }
 
 /// A text that the servers keep, and the name that they keep it under.
-struct Script {
+pub(super) struct Script {
     text: String,
     hash: String,
 }
 
 impl Script {
-    fn new(first_line: &str) -> Self {
-        let text = format!("{first_line}{}", include_str!("script.lua"));
+    fn new(beginning: &str) -> Self {
+        let text = [beginning, include_str!("script.lua")].concat();
         let hash = redis::Script::new(&text).get_hash().to_owned();
         Self { text, hash }
     }
@@ -112,44 +121,75 @@ static OPENING: LazyLock<Script> = LazyLock::new(|| Script::new(""));
 /// refusing it would repeat what has already happened.
 static GOING_ON: LazyLock<Script> = LazyLock::new(|| Script::new("#!lua flags=allow-oom\n"));
 
-impl Step<'_> {
-    fn script(&self) -> &'static Script {
-        match self.name {
+/// [`GOING_ON`], behind what does for most completions.
+static COMPLETING: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!("#!lua flags=allow-oom\n", include_str!("complete.lua"))));
+
+impl<'a> Step<'a> {
+    /// A step that a script knows by this name, for who reads records up to this format and writes
+    /// them in it.
+    pub(super) fn new(
+        name: &'static str,
+        format: u16,
+        own: impl IntoIterator<Item = Argument<'a>>,
+    ) -> Self {
+        let script = match name {
             "complete" | "checkpoint" | "release" | "forget" | "renew" => &GOING_ON,
             _ => &OPENING,
-        }
+        };
+        let mut arguments = vec![name.as_bytes().into(), u64::from(format).into()];
+        arguments.extend(own);
+        Self::Script { script, arguments }
+    }
+
+    /// Records an answer, where the record is still as a first claim made it in one command: what
+    /// it then begins with, what is to become of it and for how many milliseconds that is kept.
+    pub(super) fn complete(first: &'a [u8], completed: &'a [u8], kept: u64) -> Self {
+        let arguments = vec![first.into(), completed.into(), kept.into()];
+        Self::Script { script: &COMPLETING, arguments }
     }
 
     /// The call, for a server that knows the script.
-    pub(super) fn call(&self, key: &str) -> Cmd {
-        self.command("EVALSHA", &self.script().hash, key)
-    }
-
-    /// The call together with the script, which the server then knows.
-    pub(super) fn teach(&self, key: &str) -> Cmd {
-        self.command("EVAL", &self.script().text, key)
-    }
-
-    fn command(&self, verb: &str, script: &str, key: &str) -> Cmd {
-        let bytes: usize = self.arguments.iter().map(Argument::size).sum();
-        let mut command = Cmd::with_capacity(
-            6 + self.arguments.len(),
-            verb.len() + script.len() + key.len() + 32 + bytes,
-        );
-        command.arg(verb).arg(script).arg(1).arg(key).arg(self.name).arg(self.format);
-        for argument in &self.arguments {
-            match argument {
-                Argument::Bytes(bytes) => command.arg(bytes),
-                Argument::Number(number) => command.arg(*number),
-            };
+    pub(super) fn call(&self, key: &[u8]) -> Cmd {
+        match self {
+            Self::First { record, kept } => {
+                let mut set = Cmd::with_capacity(7, key.len() + record.len() + 40);
+                set.arg("SET").arg(key).arg(record).arg("NX").arg("GET").arg("PX").arg(kept);
+                set
+            }
+            Self::Script { script, arguments } => eval("EVALSHA", &script.hash, key, arguments),
         }
-        command
+    }
+
+    /// The call together with the script, if there is one, which the server then knows.
+    pub(super) fn teach(&self, key: &[u8]) -> Cmd {
+        match self {
+            Self::First { .. } => self.call(key),
+            Self::Script { script, arguments } => eval("EVAL", &script.text, key, arguments),
+        }
     }
 
     /// How many bytes the call brings along.
     pub(super) fn size(&self) -> usize {
-        self.arguments.iter().map(Argument::size).sum()
+        match self {
+            Self::First { record, .. } => record.len(),
+            Self::Script { arguments, .. } => arguments.iter().map(Argument::size).sum(),
+        }
     }
+}
+
+fn eval(verb: &str, script: &str, key: &[u8], arguments: &[Argument<'_>]) -> Cmd {
+    let bytes: usize = arguments.iter().map(Argument::size).sum();
+    let mut command =
+        Cmd::with_capacity(4 + arguments.len(), verb.len() + script.len() + key.len() + 20 + bytes);
+    command.arg(verb).arg(script).arg(1).arg(key);
+    for argument in arguments {
+        match argument {
+            Argument::Bytes(bytes) => command.arg(bytes),
+            Argument::Number(number) => command.arg(*number),
+        };
+    }
+    command
 }
 
 impl Argument<'_> {

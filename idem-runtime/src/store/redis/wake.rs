@@ -20,7 +20,7 @@ impl Wake for RedisStore {
             // Whichever node of a cluster it is sent to passes it on to all others.
             let mut publish = command("PUBLISH");
             publish.arg(self.0.channel()).arg(signal.encode());
-            within(self.0.patience(), self.0.connection.send(&publish)).await.map(drop)
+            within(self.0.patience, self.0.connection.send(&publish)).await.map(drop)
         })
     }
 
@@ -33,7 +33,7 @@ impl Wake for RedisStore {
                     messages.subscribe(self.0.channel()).await?;
                     Ok(messages.into_on_message())
                 };
-                match within(self.0.patience(), subscribed).await {
+                match within(self.0.patience, subscribed).await {
                     Ok(messages) => {
                         return Ok(messages
                             .filter_map(async |message| {
